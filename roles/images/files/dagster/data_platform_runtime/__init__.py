@@ -1,0 +1,1 @@
+"""What this platform adds to Dagster inside the shared image."""

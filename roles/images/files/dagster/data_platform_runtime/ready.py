@@ -1,0 +1,111 @@
+"""Answer whether the service in this container does its job.
+
+Run as ``python -m data_platform_runtime.ready SERVICE``: exits with 0 if it does, else with 1 and one sentence on
+standard error. Each service is asked itself, never through another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import urllib.request
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+TIMEOUT = 5.0
+"""Seconds that one question may take."""
+
+DAEMONS = {"BACKFILL", "QUEUED_RUN_COORDINATOR", "SCHEDULER", "SENSOR"}
+"""The daemons that every instance runs."""
+
+LOCATIONS = "{ workspaceOrError { ... on Workspace { locationEntries { name loadStatus } } } }"
+
+
+class NotReady(Exception):
+    """The service does not do its job yet; the text says what is missing."""
+
+
+def webserver(port: int = 3001) -> None:
+    """Ask the webserver for its code locations: each must have been tried, whether it loaded or not.
+
+    Raises:
+        NotReady: The webserver does not answer GraphQL, or a location is still loading.
+    """
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{os.environ.get('DAGSTER_WEBSERVER_PATH_PREFIX', '')}/graphql",
+        data=json.dumps({"query": LOCATIONS}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            answer = json.load(response)
+    except OSError as error:
+        raise NotReady(f"the webserver does not answer on port {port}: {error}") from error
+    entries = (answer.get("data") or {}).get("workspaceOrError", {}).get("locationEntries")
+    if entries is None:
+        raise NotReady(f"the webserver has no workspace: {answer}")
+    loading = [entry["name"] for entry in entries if entry["loadStatus"] != "LOADED"]
+    if loading:
+        raise NotReady(f"still loading: {', '.join(loading)}")
+
+
+def code(port: int = 4000) -> None:
+    """Ask the code server for its health: it serves only once its definitions are loaded.
+
+    Raises:
+        NotReady: The code server does not answer, or does not serve yet.
+    """
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service="DagsterApi"), timeout=TIMEOUT
+            )
+        except grpc.RpcError as error:
+            raise NotReady(f"the code server does not answer on port {port}: {error.details()}") from error
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        raise NotReady("the code server does not serve yet")
+
+
+def daemon() -> None:
+    """Look in the database for heartbeats that are newer than this container.
+
+    Raises:
+        NotReady: The database does not answer, or a daemon has not sent a heartbeat yet.
+    """
+    import psycopg2
+
+    started = datetime.fromtimestamp(os.stat("/proc/1").st_ctime, tz=UTC).replace(tzinfo=None)
+    try:
+        with psycopg2.connect(os.environ["DATA_PLATFORM_METADATA"], connect_timeout=int(TIMEOUT)) as connection:
+            cursor = connection.cursor()
+            cursor.execute("SELECT daemon_type FROM daemon_heartbeats WHERE timestamp > %s", (started,))
+            beating = {row[0] for row in cursor}
+    except psycopg2.Error as error:
+        raise NotReady(f"the metadata database does not answer: {error}") from error
+    missing = DAEMONS - beating
+    if missing:
+        raise NotReady(f"no heartbeat yet from {', '.join(sorted(missing))}")
+
+
+SERVICES: dict[str, Callable[[], None]] = {"webserver": webserver, "code": code, "daemon": daemon}
+
+
+def main(arguments: list[str]) -> int:
+    """Check the service named in ``arguments``; give the exit status."""
+    if len(arguments) != 1 or arguments[0] not in SERVICES:
+        print(f"usage: python -m data_platform_runtime.ready {'|'.join(SERVICES)}", file=sys.stderr)
+        return 2
+    try:
+        SERVICES[arguments[0]]()
+    except NotReady as reason:
+        print(f"{arguments[0]} is not ready: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
