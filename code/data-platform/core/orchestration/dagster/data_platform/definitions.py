@@ -1,0 +1,17 @@
+"""What Dagster loads: `dagster dev -m data_platform.definitions`."""
+
+import dagster as dg
+
+from data_platform.assets import dbt, ingest, report
+from data_platform.jobs import everything, refresh_marts, smoke
+from data_platform.resources import RESOURCES
+from data_platform.schedules import daily_refresh
+
+defs = dg.Definitions(
+    assets=dg.load_assets_from_modules([ingest, dbt, report]),
+    asset_checks=dg.load_asset_checks_from_modules([ingest]),
+    jobs=[everything, refresh_marts, smoke],
+    schedules=[daily_refresh],
+    resources=RESOURCES,
+    executor=dg.in_process_executor,
+)

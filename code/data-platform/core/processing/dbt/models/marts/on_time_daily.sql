@@ -1,0 +1,5 @@
+select
+  flight_date,
+  {{ on_time_metrics() }}
+from {{ ref('stg_flights') }}
+group by flight_date

@@ -1,0 +1,1 @@
+"""A small, independent code location: copy it to start a team's own."""
