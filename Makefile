@@ -31,7 +31,7 @@ test: ## All checks: fast tests, lint, then Molecule on a host of its own
 	@for stage in test-fast lint molecule; do echo "== $$stage"; time $(MAKE) $$stage; done
 
 test-fast: .venv .venv-code ## Tests that need no host
-	@.venv-code/bin/python -m pytest -q tests/code
+	@.venv-code/bin/python -m pytest -q tests/code tests/runtime
 	@python -m pytest -q tests/roles
 
 lint: .venv ## ansible-lint, yamllint, ruff, shellcheck, hadolint
@@ -42,7 +42,7 @@ lint: .venv ## ansible-lint, yamllint, ruff, shellcheck, hadolint
 	@ansible-lint --offline --strict
 
 molecule: .venv ## The playbook on a blank host, and what that host then does
-	@molecule test --all
+	@molecule test --all --no-command-borders
 
 lock: .venv ## Lock again what requirements/*.in and the image's requirements.in ask for
 	@$(LOCK) --python-version 3.11 --upgrade -o requirements/controller.txt requirements/controller.in

@@ -97,9 +97,9 @@ def prepare(unit: Unit) -> None:
         created = run("docker", "network", "create", unit.network, check=False)
         if created.returncode and "already exists" not in created.stderr:
             raise Failure(f"The network {unit.network} cannot be made: {created.stderr.strip()}")
-    (RUNTIME / unit.name / "labels").write_text(
-        f"{LABEL}={unit.made_of(ids[unit.image])}\nobject_systemd_unit={unit.name}.service\n"
-    )
+    outdated = run("systemctl", "show", "--property=NeedDaemonReload", "--value", unit.name).stdout.strip() == "yes"
+    made_of = "outdated-unit" if outdated else unit.made_of(ids[unit.image])
+    (RUNTIME / unit.name / "labels").write_text(f"{LABEL}={made_of}\nobject_systemd_unit={unit.name}.service\n")
 
 
 def ready(unit: Unit, command: list[str], interval: float = 0.2) -> None:
@@ -135,8 +135,9 @@ def converge(units: list[Unit], check: bool) -> list[str]:
     """
     names = [unit.name for unit in units]
     running = {}
-    form = "{{.Name}} {{.State.Running}} {{index .Config.Labels \"" + LABEL + "\"}}"
-    for line in filter(None, run("docker", "container", "inspect", "--format", form, *names, check=False).stdout.split("\n")):
+    form = '{{.Name}} {{.State.Running}} {{index .Config.Labels "' + LABEL + '"}}'
+    inspected = run("docker", "container", "inspect", "--format", form, *names, check=False).stdout
+    for line in filter(None, inspected.split("\n")):
         name, state, label = line.lstrip("/").split(" ")
         running[name] = label if state == "true" else ""
     active = run("systemctl", "is-active", *names, check=False).stdout.split()
@@ -144,17 +145,17 @@ def converge(units: list[Unit], check: bool) -> list[str]:
     ids = image_ids(units)
     stale = [
         unit.name
-        for unit, state in zip(units, active)
+        for unit, state in zip(units, active, strict=True)
         if state != "active" or running.get(unit.name) != unit.made_of(ids.get(unit.image, ""))
     ]
-    disabled = [name for name, state in zip(names, enabled) if state != "enabled"]
+    disabled = [name for name, state in zip(names, enabled, strict=True) if state != "enabled"]
     if (stale or disabled) and not check:
         run("systemctl", "daemon-reload")
         if disabled:
             run("systemctl", "enable", "--quiet", *disabled)
         if stale and run("systemctl", "restart", *stale, check=False).returncode:
             states = run("systemctl", "is-active", *stale, check=False).stdout.split()
-            failed = [name for name, state in zip(stale, states) if state != "active"]
+            failed = [name for name, state in zip(stale, states, strict=True) if state != "active"] or stale
             journal = run("journalctl", "--no-pager", "--lines=30", "--output=cat", *(f"--unit={n}" for n in failed))
             raise Failure(f"{', '.join(failed)} did not become ready; the last lines of the journal:\n{journal.stdout}")
     return [f"restarted {name}" for name in stale] + [f"enabled {name}" for name in disabled if name not in stale]

@@ -12,6 +12,7 @@ import sys
 import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 TIMEOUT = 5.0
 """Seconds that one question may take."""
@@ -40,9 +41,9 @@ def webserver(port: int = 3001) -> None:
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             answer = json.load(response)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise NotReady(f"the webserver does not answer on port {port}: {error}") from error
-    entries = (answer.get("data") or {}).get("workspaceOrError", {}).get("locationEntries")
+    entries = ((answer.get("data") or {}).get("workspaceOrError") or {}).get("locationEntries")
     if entries is None:
         raise NotReady(f"the webserver has no workspace: {answer}")
     loading = [entry["name"] for entry in entries if entry["loadStatus"] != "LOADED"]
@@ -70,6 +71,13 @@ def code(port: int = 4000) -> None:
         raise NotReady("the code server does not serve yet")
 
 
+def container_start() -> datetime:
+    """When the first process of this container started, to the second (proc(5): btime, and starttime in ticks since)."""
+    booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+    ticks = Path("/proc/1/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return datetime.fromtimestamp(int(booted.split()[1]) + int(ticks) / os.sysconf("SC_CLK_TCK"), tz=UTC)
+
+
 def daemon() -> None:
     """Look in the database for heartbeats that are newer than this container.
 
@@ -78,7 +86,7 @@ def daemon() -> None:
     """
     import psycopg2
 
-    started = datetime.fromtimestamp(os.stat("/proc/1").st_ctime, tz=UTC).replace(tzinfo=None)
+    started = container_start()
     try:
         with psycopg2.connect(os.environ["DATA_PLATFORM_METADATA"], connect_timeout=int(TIMEOUT)) as connection:
             cursor = connection.cursor()

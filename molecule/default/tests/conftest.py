@@ -1,0 +1,97 @@
+"""What the checks of a live platform share."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+SERVICES = ["dagster-postgres", "dagster-code", "dagster-daemon", "dagster-webserver"]
+PORT = 3001
+WAREHOUSE = "/var/lib/data-platform/warehouse/warehouse.duckdb"
+MONTHS = [f"2013-{month:02}-01" for month in range(1, 13)]
+FINISHED = {"SUCCESS", "FAILURE", "CANCELED"}
+
+LOCATIONS = """
+{ workspaceOrError { ... on Workspace { locationEntries {
+    name loadStatus locationOrLoadError { __typename ... on PythonError { message } } } } } }
+"""
+LAUNCH = """
+mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
+    __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }
+"""
+STATUS = """
+query($run: ID!) { runOrError(runId: $run) { ... on Run { status stats { ... on RunStatsSnapshot { stepsFailed } } } } }
+"""
+
+
+class Platform:
+    """The platform under test, asked over GraphQL from its own host."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+
+    def graphql(self, query: str, **variables: object) -> dict[str, Any]:
+        """Give the data of the answer to one request; no second try."""
+        body = json.dumps({"query": query, "variables": variables})
+        answer = self.host.run(
+            "curl --silent --show-error --fail --max-time 60 --header 'Content-Type: application/json' --data %s %s",
+            body,
+            f"http://127.0.0.1:{PORT}/graphql",
+        )
+        assert answer.rc == 0, answer.stderr
+        content = json.loads(answer.stdout)
+        assert "errors" not in content, content
+        return content["data"]
+
+    def locations(self) -> dict[str, str]:
+        """Give what each code location loaded to."""
+        entries = self.graphql(LOCATIONS)["workspaceOrError"]["locationEntries"]
+        return {entry["name"]: (entry["locationOrLoadError"] or {}).get("__typename") for entry in entries}
+
+    def launch(self, job: str, tags: dict[str, str] | None = None) -> str:
+        """Launch a job of the location core; give the run's ID."""
+        selector = {"jobName": job, "repositoryName": "__repository__", "repositoryLocationName": "core"}
+        params = {
+            "selector": selector,
+            "mode": "default",
+            "runConfigData": {},
+            "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in (tags or {}).items()]},
+        }
+        launched = self.graphql(LAUNCH, params=params)["launchRun"]
+        assert launched["__typename"] == "LaunchRunSuccess", launched
+        return launched["run"]["runId"]
+
+    def finished(self, run: str, seconds: int = 180) -> str:
+        """Give the status that the run ends with."""
+        return self.wait(lambda: self.graphql(STATUS, run=run)["runOrError"]["status"], FINISHED, seconds)
+
+    def wait(self, ask: Callable[[], str], wanted: set[str], seconds: int) -> str:
+        """Ask until the answer is one of ``wanted``."""
+        deadline = time.monotonic() + seconds
+        while (answer := ask()) not in wanted:
+            assert time.monotonic() < deadline, f"still {answer} after {seconds} s"
+            time.sleep(0.5)
+        return answer
+
+    def duckdb(self, query: str) -> list[list[Any]]:
+        """Give the rows of a query to the warehouse."""
+        program = (
+            "import duckdb, json, sys; "
+            f"print(json.dumps(duckdb.connect('{WAREHOUSE}', read_only=True).execute(sys.argv[1]).fetchall()))"
+        )
+        return json.loads(self.host.check_output("docker exec dagster-code python -c %s %s", program, query))
+
+    def postgres(self, query: str) -> list[str]:
+        """Give the rows of a query to the metadata database, as its administrator."""
+        return self.host.check_output(
+            "docker exec dagster-postgres psql --username=postgres --dbname=dagster --tuples-only --no-align --command=%s",
+            query,
+        ).splitlines()
+
+
+@pytest.fixture(scope="module")
+def platform(host: Any) -> Platform:
+    """The platform under test."""
+    return Platform(host)

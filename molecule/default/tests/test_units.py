@@ -1,0 +1,157 @@
+"""The services as an operator meets them: systemctl, the journal, the host's ports and files."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PORT, SERVICES, Platform
+
+SECRETS = "/etc/data-platform/secrets"
+
+
+def inspect(host: Any, name: str) -> dict[str, Any]:
+    """Give what Docker says of a container."""
+    return json.loads(host.check_output("docker inspect %s", name))[0]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_service_is_up_and_comes_back_after_a_boot(host: Any, name: str) -> None:
+    service = host.service(name)
+    assert service.is_running, host.run("journalctl --unit=%s --lines=30", name).stdout
+    assert service.is_enabled
+    assert service.systemd_properties["Slice"] == "dagster.slice"
+    assert name in host.check_output("systemctl show docker --property=Wants")
+
+
+def test_nothing_else_is_named_like_the_services(host: Any) -> None:
+    units = host.check_output("systemctl list-units --all --plain --no-legend 'dagster-*'").splitlines()
+    assert sorted(unit.split()[0] for unit in units) == sorted(f"{name}.service" for name in SERVICES)
+
+
+def test_no_unit_of_the_host_has_failed(host: Any) -> None:
+    assert host.check_output("systemctl --failed --plain --no-legend") == ""
+
+
+def test_restart_of_all_returns_when_all_are_ready(host: Any, platform: Platform) -> None:
+    host.check_output("systemctl restart 'dagster-*'")
+    assert platform.locations() == {"core": "RepositoryLocation"}
+    assert host.check_output(f"systemctl is-active {' '.join(SERVICES)}").split() == ["active"] * 4
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_restart_of_one_touches_no_other_and_returns_when_it_is_ready(
+    host: Any, platform: Platform, name: str
+) -> None:
+    before = {service: inspect(host, service)["Id"] for service in SERVICES}
+    host.check_output("systemctl restart %s", name)
+    assert platform.locations() == {"core": "RepositoryLocation"}
+    after = {service: inspect(host, service)["Id"] for service in SERVICES}
+    assert {service for service in SERVICES if before[service] != after[service]} == {name}
+
+
+def test_killed_container_comes_back(host: Any, platform: Platform) -> None:
+    host.check_output("docker kill dagster-webserver")
+    platform.wait(lambda: host.service("dagster-webserver").is_running and "active" or "down", {"active"}, 30)
+    assert platform.locations() == {"core": "RepositoryLocation"}
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("dagster-webserver", "Serving dagster-webserver on"),
+        ("dagster-daemon", "Instance is configured with the following daemons"),
+        ("dagster-code", "Started Dagster code server"),
+        ("dagster-postgres", "database system is ready to accept connections"),
+    ],
+)
+def test_journal_shows_each_line_of_the_application_once(host: Any, name: str, line: str) -> None:
+    invocation = host.check_output("systemctl show %s --property=ActiveEnterTimestamp --value", name)
+    started = inspect(host, name)["State"]["StartedAt"][:19].replace("T", " ")
+    journal = host.check_output("journalctl --unit=%s --since=%s --output=cat", name, f"{started} UTC")
+    assert journal.count(line) == 1, f"active since {invocation}:\n{journal}"
+
+
+def test_only_the_ui_listens_and_only_on_the_loopback(host: Any) -> None:
+    listening = {line.split()[3] for line in host.check_output("ss --tcp --listening --numeric --no-header").splitlines()}
+    assert {address for address in listening if address.rsplit(":", 1)[1] in ("4000", "5432", str(PORT))} == {
+        f"127.0.0.1:{PORT}"
+    }
+
+
+@pytest.mark.parametrize("port", [PORT, 4000, 5432])
+def test_no_port_answers_other_machines(host: Any, port: int) -> None:
+    address = host.check_output("hostname --ip-address").split()[0]
+    with pytest.raises(OSError):
+        socket.create_connection((address, port), timeout=2)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_container_is_contained(host: Any, name: str) -> None:
+    container = inspect(host, name)
+    status = host.file(f"/proc/{container['State']['Pid']}/status").content_string
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert "0" not in fields["Uid"].split()
+    assert int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0
+    assert fields["NoNewPrivs"] == "1"
+    assert host.run("docker exec %s touch /usr/written", name).rc != 0
+    assert container["HostConfig"]["CgroupParent"] == "dagster.slice"
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "uid"),
+    [
+        (SECRETS, 0o711, 0),
+        (f"{SECRETS}/postgres", 0o400, 10002),
+        (f"{SECRETS}/pgpass", 0o400, 10001),
+        ("/etc/data-platform/dagster/dagster.yaml", 0o644, 0),
+        ("/etc/data-platform/workspace/workspace.yaml", 0o644, 0),
+        ("/var/lib/data-platform/postgres", 0o700, 10002),
+        ("/var/lib/data-platform/warehouse", 0o750, 10001),
+        ("/var/lib/data-platform/compute-logs", 0o750, 10001),
+        ("/etc/systemd/system/dagster-webserver.service", 0o644, 0),
+    ],
+)
+def test_files_have_their_owners_and_modes(host: Any, path: str, mode: int, uid: int) -> None:
+    file = host.file(path)
+    assert (oct(file.mode), file.uid) == (oct(mode), uid)
+
+
+def test_the_password_is_nowhere_but_in_its_files(host: Any) -> None:
+    password = host.file(f"{SECRETS}/postgres").content_string
+    assert len(password) >= 32
+    everything = {
+        "processes": host.check_output("cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"),
+        "docker inspect": host.check_output(f"docker inspect {' '.join(SERVICES)}"),
+        "docker history": host.check_output(
+            "docker image ls --quiet | sort -u | xargs -n 1 docker history --no-trunc --format '{{.CreatedBy}}'"
+        ),
+        "journal": host.check_output("journalctl --output=cat --no-pager"),
+        "configuration": host.check_output("cat /etc/data-platform/*/*.yaml /etc/systemd/system/*.service"),
+    }
+    assert [place for place, text in everything.items() if password in text] == []
+    readable = host.run("find / -xdev -type f -perm /044 -newer /etc/data-platform -size -1M -exec grep --files-with-matches --fixed-strings -- %s {} +", password)
+    assert readable.stdout == ""
+
+
+def test_images_hold_what_the_lock_says(host: Any) -> None:
+    lock = Path(__file__).parents[3] / "roles/images/files/dagster/requirements.txt"
+    locked = dict(line.split()[0].split("==") for line in lock.read_text().splitlines() if line[:1].isalpha())
+    names = ["dagster", "dagster-webserver", "dagster-postgres", "dagster-dbt", "dbt-core", "dbt-duckdb", "duckdb"]
+    program = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+    for service in ("dagster-webserver", "dagster-code"):
+        image = inspect(host, service)["Config"]["Image"]
+        versions = host.check_output(f"docker run --rm --pull never {image} python -c %s {' '.join(names)}", program)
+        assert dict(zip(names, versions.split(), strict=True)) == {name: locked[name] for name in names}
+    assert host.check_output("docker exec dagster-code dbt --version").count("duckdb: 1.11.1") == 1
+
+
+def test_images_are_few_and_compiled(host: Any) -> None:
+    listed = host.check_output("docker image ls --filter reference=data-platform/* --format '{{.Repository}}'").split()
+    assert sorted(listed) == [f"data-platform/{name}" for name in ("base", "code", "dagster", "postgres")]
+    missing = host.check_output(
+        "docker exec dagster-webserver sh -c 'cd /opt/dagster/lib/python3*/site-packages/dagster "
+        "&& find . -name \"*.py\" | wc -l && find . -name \"*.pyc\" | wc -l'"
+    ).split()
+    assert missing[0] == missing[1]

@@ -1,0 +1,310 @@
+"""The program that the units call, with stand-ins for docker, systemctl and journalctl; Molecule has the real ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import ROOT, module_at
+
+STAND_IN = f"""#!{sys.executable} -IS
+import json, pathlib, sys
+here = pathlib.Path(__file__).parent
+line = " ".join([pathlib.Path(__file__).name, *sys.argv[1:]])
+with open(here / "calls", "a") as calls:
+    print(line, file=calls)
+answers = json.loads((here / "answers").read_text())
+given = [answers[start] for start in sorted(answers, key=len) if line.startswith(start)]
+code, out, err = given[-1] if given else (0, "", "")
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
+"""
+UNIT = """[Unit]
+Description=Something
+[Service]
+ExecStart=/usr/bin/docker run \\
+    --env "NAME=a: b = c" \\
+    --name {name} \\
+    some/image:1
+[X-Container]
+Image=some/image:1
+Network=net
+Config={config}
+"""
+IMAGES = '["some/image:1"] sha256:aaa\n'
+NAMES = ["dagster-a", "dagster-b", "dagster-c"]
+
+
+class Machine:
+    """A host with three units, whose tools answer what they are told and write down what they are asked."""
+
+    def __init__(self, root: Path, program: ModuleType) -> None:
+        """Make the host below ``root``, where all is as it should be."""
+        self.tools, self.units, self.program = root / "bin", root / "units", program
+        self.config, self.runtime = root / "config", root / "run"
+        for folder in (self.tools, self.units, self.config, *(self.runtime / name for name in NAMES)):
+            folder.mkdir(parents=True)
+        for tool in ("docker", "systemctl", "journalctl"):
+            (self.tools / tool).write_text(STAND_IN)
+            (self.tools / tool).chmod(0o755)
+        (self.config / "dagster.yaml").write_text("telemetry: no")
+        for name in NAMES:
+            (self.units / f"{name}.service").write_text(UNIT.format(name=name, config=self.config))
+        (self.units / "dagster-other.service").write_text("[Service]\nExecStart=/bin/true\n")
+        self.answers: dict[str, tuple[int, str, str]] = {}
+        self.answer("docker image inspect", IMAGES)
+        self.answer("systemctl is-active", "active\n" * 3)
+        self.answer("systemctl is-enabled", "enabled\n" * 3)
+        self.containers({name: ("true", self.made_of(name)) for name in NAMES})
+
+    def answer(self, start: str, out: str = "", code: int = 0, err: str = "") -> None:
+        """Say what calls that start like this give; the longest start counts."""
+        self.answers[start] = (code, out, err)
+        (self.tools / "answers").write_text(json.dumps(self.answers))
+
+    def containers(self, states: dict[str, tuple[str, str]]) -> None:
+        """Say which containers there are: whether they run, and what they are made of."""
+        lines = [f"/{name} {running} {label}\n" for name, (running, label) in states.items()]
+        self.answer("docker container inspect", "".join(lines), int(len(states) < len(NAMES)))
+
+    def unit(self, name: str = "dagster-a") -> object:
+        """Give a unit as the program reads it."""
+        return self.program.Unit(self.units / f"{name}.service")
+
+    def made_of(self, name: str = "dagster-a") -> str:
+        """Give what a unit's container should be made of."""
+        return self.unit(name).made_of("sha256:aaa")
+
+    def calls(self, *starts: str) -> list[str]:
+        """Give the calls that start like one of these."""
+        written = self.tools / "calls"
+        return [
+            line for line in (written.read_text() if written.exists() else "").splitlines() if line.startswith(starts)
+        ]
+
+    def changes(self) -> list[str]:
+        """Give the calls that change something."""
+        return self.calls(
+            "systemctl restart", "systemctl enable", "systemctl daemon-reload", "docker rm", "docker network create"
+        )
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A host that the program takes for its own."""
+    program = module_at(ROOT / "roles/service/files/service.py")
+    machine = Machine(tmp_path, program)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(machine.tools), os.environ["PATH"]]))
+    monkeypatch.setattr(program, "UNITS", machine.units)
+    monkeypatch.setattr(program, "RUNTIME", machine.runtime)
+    return machine
+
+
+def test_unit_says_what_its_container_is(machine: Machine) -> None:
+    unit = machine.unit()
+    assert (unit.name, unit.image, unit.network, unit.config) == ("dagster-a", "some/image:1", "net", [machine.config])
+
+
+@pytest.mark.parametrize("text", [None, "", "[Service]\nExecStart=/bin/true\n", "no section\n"])
+def test_file_that_describes_no_container_is_named(
+    text: str | None, machine: Machine, capsys: pytest.CaptureFixture
+) -> None:
+    file = machine.units / "dagster-new.service"
+    if text is not None:
+        file.write_text(text)
+    assert machine.program.main(["prepare", "dagster-new"]) == 1
+    assert f"{file} does not describe a container" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["unit", "content", "new file", "nested file", "renamed file", "image"])
+def test_what_a_container_is_made_of(change: str, machine: Machine) -> None:
+    before = machine.made_of()
+    known = machine.config / "dagster.yaml"
+    assert machine.made_of() == before
+    if change == "unit":
+        file = machine.units / "dagster-a.service"
+        file.write_text(file.read_text() + "# a comment\n")
+    elif change == "content":
+        known.write_text("telemetry: yes")
+    elif change == "new file":
+        (machine.config / "more.yaml").touch()
+    elif change == "nested file":
+        (machine.config / "deep").mkdir()
+        (machine.config / "deep" / "more.yaml").touch()
+    elif change == "renamed file":
+        known.rename(machine.config / "other.yaml")
+    after = machine.unit().made_of("sha256:bbb" if change == "image" else "sha256:aaa")
+    assert after != before
+
+
+def test_times_of_the_configuration_do_not_count(machine: Machine) -> None:
+    before = machine.made_of()
+    os.utime(machine.config / "dagster.yaml", (0, 0))
+    assert machine.made_of() == before
+
+
+def test_prepare_clears_the_way_and_writes_down_what_is_started(machine: Machine) -> None:
+    machine.answer("docker network inspect", code=1)
+    assert machine.program.main(["prepare", "dagster-a"]) == 0
+    assert machine.changes() == ["docker rm --force dagster-a", "docker network create net"]
+    assert (machine.runtime / "dagster-a" / "labels").read_text().splitlines() == [
+        f"data-platform.made-of={machine.made_of()}",
+        "object_systemd_unit=dagster-a.service",
+    ]
+
+
+def test_prepare_does_not_say_that_an_outdated_unit_is_the_one_on_disk(machine: Machine) -> None:
+    machine.answer("systemctl show --property=NeedDaemonReload", "yes\n")
+    assert machine.program.main(["prepare", "dagster-a"]) == 0
+    assert machine.made_of() not in (machine.runtime / "dagster-a" / "labels").read_text()
+
+
+def test_prepare_leaves_the_network_that_is_there(machine: Machine) -> None:
+    assert machine.program.main(["prepare", "dagster-a"]) == 0
+    assert machine.calls("docker network create") == []
+
+
+def test_prepare_takes_the_network_that_another_unit_was_faster_to_make(machine: Machine) -> None:
+    machine.answer("docker network inspect", code=1)
+    machine.answer("docker network create", code=1, err="network with name net already exists")
+    assert machine.program.main(["prepare", "dagster-a"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "answer", "sentence"),
+    [
+        (
+            "docker image inspect",
+            "",
+            "dagster-a needs the image some/image:1, which is not on this host: run the playbook again.",
+        ),
+        (
+            "docker image inspect",
+            '["some/image:10"] sha256:aaa\n',
+            "dagster-a needs the image some/image:1, which is not",
+        ),
+        ("docker network", "", "The network net cannot be made: no driver"),
+    ],
+)
+def test_prepare_says_what_is_missing(
+    command: str, answer: str, sentence: str, machine: Machine, capsys: pytest.CaptureFixture
+) -> None:
+    machine.answer(command, answer, code=1, err="no driver")
+    assert machine.program.main(["prepare", "dagster-a"]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_prepare_does_not_blame_the_image_when_docker_is_down(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    machine.answer("docker", code=1, err="Cannot connect to the Docker daemon")
+    machine.answer("docker image inspect", code=1)
+    assert machine.program.main(["prepare", "dagster-a"]) == 1
+    said = capsys.readouterr().err
+    assert "Cannot connect to the Docker daemon" in said
+    assert "needs the image" not in said
+
+
+def test_ready_asks_again_until_the_answer_is_yes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAINPID", str(os.getpid()))
+    machine.answer("docker exec", code=1)
+    pauses = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        machine.answer("docker exec", code=int(len(pauses) < 3))
+
+    monkeypatch.setattr(machine.program.time, "sleep", pause)
+    assert machine.program.main(["ready", "dagster-a", "ask", "--me", "this"]) == 0
+    assert machine.calls("docker exec") == ["docker exec dagster-a ask --me this"] * 4
+    assert 0 < min(pauses) == max(pauses) <= 1
+
+
+def test_ready_gives_up_when_the_main_process_is_gone(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    monkeypatch.setenv("MAINPID", str(process.pid))
+    machine.answer("docker exec", code=1)
+    monkeypatch.setattr(machine.program.time, "sleep", lambda seconds: pytest.fail("it waits for a dead process"))
+    assert machine.program.main(["ready", "dagster-a", "ask"]) == 1
+    assert "dagster-a ended before it was ready: see 'journalctl -u dagster-a'." in capsys.readouterr().err
+
+
+def test_converge_says_and_does_nothing_when_all_is_right(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    assert machine.program.main(["converge"]) == 0
+    assert (capsys.readouterr().out, machine.changes()) == ("", [])
+
+
+@pytest.mark.parametrize(
+    "reason", ["other label", "no label", "stopped", "no container", "inactive", "failed", "other image"]
+)
+def test_converge_restarts_just_the_unit_that_is_stale(
+    reason: str, machine: Machine, capsys: pytest.CaptureFixture
+) -> None:
+    states = {name: ("true", machine.made_of(name)) for name in NAMES}
+    if reason in ("inactive", "failed"):
+        machine.answer("systemctl is-active", f"active\n{reason}\nactive\n", code=3)
+    elif reason == "other image":
+        unit = machine.units / "dagster-b.service"
+        unit.write_text(unit.read_text().replace("some/image:1", "some/image:2"))
+        machine.answer("docker image inspect", IMAGES + '["some/image:2","some/other:2"] sha256:aaa\n')
+    else:
+        label = states.pop("dagster-b")[1]
+        state = {"other label": ("true", "0000"), "no label": ("true", ""), "stopped": ("false", label)}.get(reason)
+        machine.containers(states | ({"dagster-b": state} if state else {}))
+    assert machine.program.main(["converge"]) == 0
+    assert machine.changes() == ["systemctl daemon-reload", "systemctl restart dagster-b"]
+    assert capsys.readouterr().out == "restarted dagster-b\n"
+
+
+def test_converge_restarts_all_that_read_a_changed_file(machine: Machine) -> None:
+    (machine.config / "dagster.yaml").write_text("telemetry: yes")
+    assert machine.program.main(["converge"]) == 0
+    assert machine.calls("systemctl restart") == ["systemctl restart dagster-a dagster-b dagster-c"]
+
+
+def test_converge_enables_what_is_disabled(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    machine.answer("systemctl is-enabled", "enabled\ndisabled\nenabled\n", code=1)
+    assert machine.program.main(["converge"]) == 0
+    assert machine.changes() == ["systemctl daemon-reload", "systemctl enable --quiet dagster-b"]
+    assert capsys.readouterr().out == "enabled dagster-b\n"
+
+
+def test_converge_starts_a_blank_host(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    machine.containers({})
+    machine.answer("systemctl is-active", "inactive\n" * 3, code=3)
+    machine.answer("systemctl is-enabled", "disabled\n" * 3, code=1)
+    assert machine.program.main(["converge"]) == 0
+    assert machine.changes()[-1] == f"systemctl restart {' '.join(NAMES)}"
+    assert f"systemctl enable --quiet {' '.join(NAMES)}" in machine.changes()
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_check_says_what_it_would_do_and_does_nothing(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    machine.containers({"dagster-a": ("true", "0000"), "dagster-b": ("true", machine.made_of("dagster-b"))})
+    machine.answer("systemctl is-enabled", "enabled\ndisabled\nenabled\n", code=1)
+    assert machine.program.main(["converge", "--check"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["restarted dagster-a", "restarted dagster-c", "enabled dagster-b"]
+    assert machine.changes() == []
+
+
+def test_failed_restart_shows_the_journal_of_what_failed(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    machine.containers({"dagster-c": ("true", machine.made_of("dagster-c"))})
+    machine.answer("systemctl restart", code=1, err="Job failed")
+    machine.answer("systemctl is-active dagster-a dagster-b", "active\nfailed\n", code=3)
+    machine.answer("systemctl is-active dagster-a dagster-b dagster-c", "active\nactive\nactive\n")
+    machine.answer("journalctl", "could not bind\n")
+    assert machine.program.main(["converge"]) == 1
+    assert "dagster-b did not become ready; the last lines of the journal:\ncould not bind" in capsys.readouterr().err
+    assert [call.split("--unit=")[1:] for call in machine.calls("journalctl")] == [["dagster-b"]]
+
+
+def test_failed_restart_that_has_mended_itself_names_a_unit(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    machine.containers({name: ("true", machine.made_of(name)) for name in NAMES[1:]})
+    machine.answer("systemctl restart", code=1, err="Job failed")
+    assert machine.program.main(["converge"]) == 0 or capsys.readouterr().err.startswith("dagster-a ")
+    assert [call for call in machine.calls("journalctl") if "--unit=" not in call] == []

@@ -1,0 +1,168 @@
+"""Promises that all tasks keep: what is said to change nothing reads, secrets are not logged, names speak."""
+
+import re
+import shlex
+from typing import Any
+
+import jinja2
+import jinja2.nodes
+import pytest
+from conftest import ROLES, ROOT, Task, all_tasks, role_files, strings
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")
+READING = [
+    "awk",
+    "df",
+    "docker container inspect",
+    "docker container ls",
+    "docker image inspect",
+    "docker image ls",
+    "docker info",
+    "docker network inspect",
+    "docker version",
+    "dpkg-query --show",
+    "echo",
+    "ls",
+    "systemctl is-active",
+    "systemctl is-enabled",
+    "systemctl is-system-running",
+    "systemctl show",
+    "tail",
+    "test",
+]
+LOOKS_ONLY_IN_CHECK_MODE = "/usr/local/lib/data-platform/service converge{{ ' --check' if ansible_check_mode else '' }}"
+COMMANDS = ("command", "shell", "raw", "script")
+CONTENT = (
+    *COMMANDS,
+    "assert",
+    "blockinfile",
+    "copy",
+    "debug",
+    "fail",
+    "lineinfile",
+    "replace",
+    "set_fact",
+    "slurp",
+    "template",
+)
+SECRETS = "/etc/data-platform/secrets/"
+SECRET_OPTIONS = {"images_package_index"}
+
+
+def command_line(task: Task) -> str:
+    given = task.arguments
+    if isinstance(given, dict):
+        given = given.get("argv", given.get("cmd", ""))
+    return shlex.join(given) if isinstance(given, list) else given
+
+
+def simple_commands(line: str) -> list[str]:
+    """The commands that a command line comes to: those of its shell program, the one that it runs in a container."""
+    line = re.sub(r"{%.*?%}", "", line)
+    listed = jinja2.Environment().parse(line).find(jinja2.nodes.List) if line.startswith("{{") else None
+    words = (
+        [item.value for item in listed.items if isinstance(item, jinja2.nodes.Const)] if listed else shlex.split(line)
+    )
+    if words[:2] == ["sh", "-c"]:
+        lexer = shlex.shlex(words[2], posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        parts = " ".join(f"\n{word}\n" if set(word) <= set(";|&") else word for word in lexer)
+        return [part.strip() for part in parts.split("\n") if part.strip(" ;|&")]
+    if words[:2] == ["docker", "exec"]:
+        words = words[3:] if words[2:3] != ["{{"] else words[words.index("}}") + 1 :]
+    return [" ".join(words)]
+
+
+def reads(line: str) -> bool:
+    commands = simple_commands(line)
+    return all(any(f"{one} ".startswith(f"{known} ") for known in READING) and ">" not in one for one in commands)
+
+
+def hides_a_change(task: Task) -> bool:
+    return task.content.get("changed_when") is False and not (task.module in COMMANDS and reads(command_line(task)))
+
+
+def acts_in_check_mode(task: Task) -> bool:
+    line = command_line(task) if task.module in COMMANDS else ""
+    return task.content.get("check_mode") is False and line != LOOKS_ONLY_IN_CHECK_MODE and not reads(line)
+
+
+def secret_names(tasks: list[Task]) -> set[str]:
+    """Variables that hold a secret: options that may, and results of tasks that handle one."""
+    return SECRET_OPTIONS | {
+        task.content["register"] for task in tasks if "register" in task.content and handles(task, set())
+    }
+
+
+def handles(task: Task, names: set[str]) -> bool:
+    """Whether the content of a secret passes through this task."""
+    texts: list[Any] = list(strings([task.arguments, task.content.get("vars"), task.content.get("environment")]))
+    named = any(re.search(rf"\b{name}\b", text) for name in names for text in texts)
+    return task.module in CONTENT and (named or any(SECRETS in text for text in texts))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "docker image rm x",
+        "docker exec box rm /etc/passwd",
+        "docker exec {{ box }} systemctl stop x",
+        "sh -c 'df /; rm x'",
+        "sh -c 'echo x > /etc/passwd'",
+        "sh -c 'df | tee /etc/passwd'",
+        "{{ ['rm', '--force'] + things }}",
+        "dpkg-query-and-more --show",
+    ],
+)
+def test_commands_that_write_are_told_from_those_that_read(line: str) -> None:
+    assert not reads(line)
+
+
+def test_only_commands_that_read_are_said_to_change_nothing() -> None:
+    assert [task.name for task in all_tasks() if hides_a_change(task)] == []
+
+
+def test_only_commands_that_read_run_in_check_mode() -> None:
+    assert [task.name for task in all_tasks() if acts_in_check_mode(task)] == []
+
+
+def test_every_command_says_when_it_changes_something() -> None:
+    says = {"changed_when", "creates", "removes"}
+    commands = [task for task in all_tasks() if task.module in COMMANDS and task.module != "script"]
+    given = {
+        task.name: says & {*task.content, *(task.arguments if isinstance(task.arguments, dict) else ())}
+        for task in commands
+    }
+    assert [name for name, found in given.items() if not found] == []
+
+
+def test_tasks_that_handle_secrets_log_nothing() -> None:
+    tasks = all_tasks()
+    handling = [task for task in tasks if handles(task, secret_names(tasks))]
+    assert handling
+    assert [task.name for task in handling if task.content.get("no_log") is not True] == []
+
+
+def test_every_task_has_a_name_and_a_qualified_module() -> None:
+    bare = [
+        task.name
+        for task in all_tasks()
+        if not task.module and not {"block", "hosts", "import_playbook"} & set(task.content)
+    ]
+    assert bare + [task.name for task in all_tasks() if not task.content.get("name")] == []
+
+
+def test_comments_are_few() -> None:
+    lines = [
+        line.strip() for role in ROLES for file in role_files(role, "tasks") for line in file.read_text().splitlines()
+    ]
+    written = [line for line in lines if line]
+    assert len([line for line in written if line.startswith("#")]) <= 0.05 * len(written)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_role_has_its_files(role: str) -> None:
+    folder = ROOT / "roles" / role
+    assert (folder / "meta" / "argument_specs.yml").is_file()
+    assert (folder / "defaults" / "main.yml").is_file() or (folder / "vars" / "main.yml").is_file()
+    assert (folder / "tasks" / "main.yml").is_file()

@@ -1,0 +1,258 @@
+"""The readiness probes, against servers that speak the real protocols."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import grpc
+import pytest
+from dagster._daemon.types import DaemonHeartbeat
+from dagster_postgres import PostgresRunStorage
+from data_platform_runtime import ready
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+SERVER_PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nonexistent"))
+NOBODY = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+LOADED = {"name": "core", "loadStatus": "LOADED"}
+LOADING = {"name": "slow", "loadStatus": "LOADING"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Webserver(HTTPServer):
+    """Answers every request with one status and text, and keeps what it was asked."""
+
+    status, text = 200, ""
+
+    def __init__(self) -> None:
+        """Take any free port."""
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.asked: list[tuple[str, str]] = []
+
+    def says(self, *entries: dict[str, str]) -> None:
+        """Answer with these code locations."""
+        self.text = json.dumps({"data": {"workspaceOrError": {"locationEntries": entries}}})
+
+
+class Answer(BaseHTTPRequestHandler):
+    """One answer."""
+
+    def do_POST(self) -> None:  # noqa: N802
+        """Answer as the server was told to."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append((self.path, json.loads(body)["query"]))
+        self.send_response(self.server.status)
+        self.end_headers()
+        self.wfile.write(self.server.text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def webserver() -> Iterator[Webserver]:
+    """A webserver on a port of its own."""
+    with Webserver() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_webserver_is_ready_once_every_location_was_tried(webserver: Webserver) -> None:
+    webserver.says(LOADED, LOADED | {"name": "other"})
+    ready.webserver(webserver.server_port)
+    assert webserver.asked == [("/graphql", ready.LOCATIONS)]
+
+
+def test_webserver_without_locations_is_ready(webserver: Webserver) -> None:
+    webserver.says()
+    ready.webserver(webserver.server_port)
+
+
+def test_webserver_is_asked_below_its_prefix(webserver: Webserver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAGSTER_WEBSERVER_PATH_PREFIX", "/below")
+    webserver.says(LOADED)
+    ready.webserver(webserver.server_port)
+    assert webserver.asked[0][0] == "/below/graphql"
+
+
+def test_webserver_that_still_loads_is_not_ready(webserver: Webserver) -> None:
+    webserver.says(LOADED, LOADING)
+    with pytest.raises(ready.NotReady, match="still loading: slow$"):
+        ready.webserver(webserver.server_port)
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (500, "{}"),
+        (502, "<html>"),
+        (200, "<html>"),
+        (200, "{}"),
+        (200, '{"data": null, "errors": [{"message": "no"}]}'),
+        (200, '{"data": {"workspaceOrError": null}}'),
+        (200, '{"data": {"workspaceOrError": {}}}'),
+    ],
+)
+def test_webserver_that_does_not_make_sense_is_not_ready(status: int, text: str, webserver: Webserver) -> None:
+    webserver.status, webserver.text = status, text
+    with pytest.raises(ready.NotReady):
+        ready.webserver(webserver.server_port)
+
+
+def test_webserver_that_is_not_there_is_not_ready() -> None:
+    port = free_port()
+    with pytest.raises(ready.NotReady, match=f"the webserver does not answer on port {port}: .*refused"):
+        ready.webserver(port)
+
+
+def test_question_is_one_that_dagsters_webserver_understands() -> None:
+    from dagster_graphql.schema import create_schema
+    from graphql import parse, validate
+
+    assert validate(create_schema().graphql_schema, parse(ready.LOCATIONS)) == []
+
+
+@pytest.fixture
+def code_server() -> Iterator[tuple[int, health.HealthServicer]]:
+    """A gRPC server with the health protocol, and its port."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    servicer = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield port, servicer
+    server.stop(None)
+
+
+def test_code_server_is_ready_once_it_serves(code_server: tuple[int, health.HealthServicer]) -> None:
+    port, servicer = code_server
+    servicer.set("DagsterApi", health_pb2.HealthCheckResponse.NOT_SERVING)
+    with pytest.raises(ready.NotReady, match="does not serve yet"):
+        ready.code(port)
+    servicer.set("DagsterApi", health_pb2.HealthCheckResponse.SERVING)
+    ready.code(port)
+
+
+def test_server_of_something_else_is_not_ready(code_server: tuple[int, health.HealthServicer]) -> None:
+    port, servicer = code_server
+    servicer.set("SomethingElse", health_pb2.HealthCheckResponse.SERVING)
+    with pytest.raises(ready.NotReady, match=f"the code server does not answer on port {port}"):
+        ready.code(port)
+
+
+def test_code_server_that_is_not_there_is_not_ready() -> None:
+    port = free_port()
+    with pytest.raises(ready.NotReady, match=f"the code server does not answer on port {port}"):
+        ready.code(port)
+
+
+def run(program: str, *arguments: str) -> None:
+    subprocess.run(
+        [SERVER_PROGRAMS / program, *arguments], check=True, capture_output=True, timeout=60, cwd="/", **NOBODY
+    )
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """The address of a real database, with Dagster's tables."""
+    if not (SERVER_PROGRAMS / "initdb").exists():
+        pytest.skip("PostgreSQL's server is not installed here")
+    home = tempfile.mkdtemp()
+    if NOBODY:
+        os.chown(home, NOBODY["user"], NOBODY["group"])
+    port = free_port()
+    run(
+        "initdb",
+        f"--pgdata={home}/data",
+        "--auth=trust",
+        "--username=dagster",
+        "--no-sync",
+        "--encoding=UTF8",
+        "--locale=C",
+    )
+    # In another time zone than UTC, to tell times that carry their zone from those that do not.
+    settings = f"-c port={port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={home} -c timezone=Asia/Tokyo"
+    run("pg_ctl", f"--pgdata={home}/data", f"--options={settings}", f"--log={home}/log", "--wait", "start")
+    try:
+        yield f"postgresql://dagster@127.0.0.1:{port}/postgres"
+    finally:
+        run("pg_ctl", f"--pgdata={home}/data", "--mode=immediate", "--wait", "stop")
+        shutil.rmtree(home)
+
+
+@pytest.fixture
+def storage(database: str, monkeypatch: pytest.MonkeyPatch) -> PostgresRunStorage:
+    """Dagster's own storage of heartbeats, empty; the daemon's probe is pointed to it."""
+    monkeypatch.setenv("DATA_PLATFORM_METADATA", database)
+    return PostgresRunStorage.create_clean_storage(database)
+
+
+def beat(storage: PostgresRunStorage, daemons: set[str], timestamp: float) -> None:
+    for daemon in daemons:
+        storage.add_daemon_heartbeat(DaemonHeartbeat(timestamp, daemon, "id", []))
+
+
+def test_daemon_is_ready_once_all_daemons_beat(storage: PostgresRunStorage) -> None:
+    beat(storage, ready.DAEMONS | {"ASSET"}, time.time())
+    ready.daemon()
+
+
+def test_daemon_that_misses_a_beat_is_not_ready(storage: PostgresRunStorage) -> None:
+    beat(storage, ready.DAEMONS - {"SENSOR", "BACKFILL"}, time.time())
+    with pytest.raises(ready.NotReady, match="no heartbeat yet from BACKFILL, SENSOR$"):
+        ready.daemon()
+
+
+def test_beats_of_the_container_before_do_not_count(storage: PostgresRunStorage) -> None:
+    beat(storage, ready.DAEMONS, Path("/proc/1").stat().st_ctime - 1)
+    with pytest.raises(
+        ready.NotReady, match="no heartbeat yet from BACKFILL, QUEUED_RUN_COORDINATOR, SCHEDULER, SENSOR"
+    ):
+        ready.daemon()
+
+
+def test_daemon_on_a_blank_database_is_not_ready(storage: PostgresRunStorage) -> None:
+    with storage.connect() as connection:
+        connection.exec_driver_sql("DROP TABLE daemon_heartbeats")
+    with pytest.raises(ready.NotReady, match="does not answer"):
+        ready.daemon()
+
+
+def test_daemon_without_database_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_PLATFORM_METADATA", f"postgresql://dagster@127.0.0.1:{free_port()}/dagster")
+    with pytest.raises(ready.NotReady, match="the metadata database does not answer: .*refused"):
+        ready.daemon()
+
+
+def test_daemons_asked_for_are_those_of_every_instance() -> None:
+    with dg.instance_for_test() as instance:
+        assert set(instance.get_required_daemon_types()) >= ready.DAEMONS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [([], 2), (["no-such-service"], 2), (["webserver", "code"], 2), (["code"], 1)]
+)
+def test_exit_status_and_one_sentence(
+    arguments: list[str], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(ready.SERVICES, "code", lambda: ready.code(free_port()))
+    assert ready.main(arguments) == status
+    said = capsys.readouterr().err
+    assert said.startswith("usage: " if status == 2 else "code is not ready: ")
+    assert len(said.splitlines()) == 1
