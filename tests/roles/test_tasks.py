@@ -30,7 +30,9 @@ READING = [
     "tail",
     "test",
 ]
-LOOKS_ONLY_IN_CHECK_MODE = "/usr/local/lib/data-platform/service converge{{ ' --check' if ansible_check_mode else '' }}"
+LOOKS_ONLY_IN_CHECK_MODE = (
+    "/usr/local/lib/data-platform/container-unit converge{{ ' --check' if ansible_check_mode else '' }}"
+)
 COMMANDS = ("command", "shell", "raw", "script")
 CONTENT = (
     *COMMANDS,

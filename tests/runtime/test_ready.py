@@ -220,7 +220,7 @@ def test_daemon_that_misses_a_beat_is_not_ready(storage: PostgresRunStorage) -> 
 
 
 def test_beats_of_the_container_before_do_not_count(storage: PostgresRunStorage) -> None:
-    beat(storage, ready.DAEMONS, Path("/proc/1").stat().st_ctime - 1)
+    beat(storage, ready.DAEMONS, ready.container_start().timestamp() - 1)
     with pytest.raises(
         ready.NotReady, match="no heartbeat yet from BACKFILL, QUEUED_RUN_COORDINATOR, SCHEDULER, SENSOR"
     ):

@@ -86,7 +86,8 @@ class Platform:
     def postgres(self, query: str) -> list[str]:
         """Give the rows of a query to the metadata database, as its administrator."""
         return self.host.check_output(
-            "docker exec dagster-postgres psql --username=postgres --dbname=dagster --tuples-only --no-align --command=%s",
+            "docker exec dagster-postgres psql --username=postgres --dbname=dagster "
+            "--tuples-only --no-align --command=%s",
             query,
         ).splitlines()
 

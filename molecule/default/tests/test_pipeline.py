@@ -140,7 +140,8 @@ def test_postgres_is_set_up_as_said(platform: Platform) -> None:
 
 def test_a_wrong_password_is_refused(host: Any) -> None:
     refused = host.run(
-        "docker exec --env PGPASSWORD=wrong dagster-postgres psql --host=127.0.0.1 --username=dagster --command='select 1'"
+        "docker exec --env PGPASSWORD=wrong dagster-postgres "
+        "psql --host=127.0.0.1 --username=dagster --command='select 1'"
     )
     assert refused.rc != 0
     assert "password authentication failed" in refused.stderr

@@ -41,9 +41,7 @@ def test_restart_of_all_returns_when_all_are_ready(host: Any, platform: Platform
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_restart_of_one_touches_no_other_and_returns_when_it_is_ready(
-    host: Any, platform: Platform, name: str
-) -> None:
+def test_restart_of_one_touches_no_other_and_returns_when_it_is_ready(host: Any, platform: Platform, name: str) -> None:
     before = {service: inspect(host, service)["Id"] for service in SERVICES}
     host.check_output("systemctl restart %s", name)
     assert platform.locations() == {"core": "RepositoryLocation"}
@@ -74,7 +72,9 @@ def test_journal_shows_each_line_of_the_application_once(host: Any, name: str, l
 
 
 def test_only_the_ui_listens_and_only_on_the_loopback(host: Any) -> None:
-    listening = {line.split()[3] for line in host.check_output("ss --tcp --listening --numeric --no-header").splitlines()}
+    listening = {
+        line.split()[3] for line in host.check_output("ss --tcp --listening --numeric --no-header").splitlines()
+    }
     assert {address for address in listening if address.rsplit(":", 1)[1] in ("4000", "5432", str(PORT))} == {
         f"127.0.0.1:{PORT}"
     }
@@ -131,7 +131,11 @@ def test_the_password_is_nowhere_but_in_its_files(host: Any) -> None:
         "configuration": host.check_output("cat /etc/data-platform/*/*.yaml /etc/systemd/system/*.service"),
     }
     assert [place for place, text in everything.items() if password in text] == []
-    readable = host.run("find / -xdev -type f -perm /044 -newer /etc/data-platform -size -1M -exec grep --files-with-matches --fixed-strings -- %s {} +", password)
+    readable = host.run(
+        "find / -xdev -type f -perm /044 -newer /etc/data-platform -size -1M "
+        "-exec grep --files-with-matches --fixed-strings -- %s {} +",
+        password,
+    )
     assert readable.stdout == ""
 
 
@@ -152,6 +156,6 @@ def test_images_are_few_and_compiled(host: Any) -> None:
     assert sorted(listed) == [f"data-platform/{name}" for name in ("base", "code", "dagster", "postgres")]
     missing = host.check_output(
         "docker exec dagster-webserver sh -c 'cd /opt/dagster/lib/python3*/site-packages/dagster "
-        "&& find . -name \"*.py\" | wc -l && find . -name \"*.pyc\" | wc -l'"
+        '&& find . -name "*.py" | wc -l && find . -name "*.pyc" | wc -l\''
     ).split()
     assert missing[0] == missing[1]

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 NAME = "data-platform-interrupted"
 INVENTORY = ROOT / "molecule/interrupted/inventory"
-SERVICE = "/usr/local/lib/data-platform/service"
+SERVICE = "/usr/local/lib/data-platform/container-unit"
 
 STATE = f"""
 docker image ls --format '{{{{.Repository}}}}:{{{{.Tag}}}}' | sort
@@ -25,7 +25,7 @@ systemctl --failed --plain --no-legend
 dpkg-query --show --showformat '${{Package}} ${{db:Status-Abbrev}}\\n' | sort
 find /etc/data-platform /etc/docker /usr/local/lib -printf '%p %M %U %G\\n' | sort
 find /var/lib/data-platform -maxdepth 1 -printf '%p %M %U %G\\n' | sort
-find /etc/data-platform /etc/docker /etc/systemd/system /usr/local/lib -type f -not -path '*/secrets/*' | sort | xargs sha256sum
+cd /etc; find data-platform docker systemd/system -type f -not -path '*/secrets/*' | sort | xargs sha256sum
 find /var/tmp /tmp -name 'data-platform*'
 {SERVICE} converge --check
 """
@@ -84,7 +84,7 @@ def kill(task: str, seconds: float, lost: bool, *arguments: str) -> None:
     os.kill(process.pid, signal.SIGKILL)
     if lost:
         subprocess.run(["pkill", "-KILL", "-f", f"ansible-playbook --inventory={INVENTORY}"], check=False)
-        subprocess.run(["docker", "exec", NAME, "pkill", "-KILL", "-f", "ansible|apt-get|mmdebstrap|dpkg"], check=False)
+        subprocess.run(["docker", "exec", NAME, "pkill", "-KILL", "-f", "python3|apt-get|mmdebstrap|dpkg"], check=False)
     process.communicate()
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/python3
 """Mechanics of the units that run containers: standard library only.
 
-    service prepare UNIT          before the container starts: clear the way and write down what it is made of
-    service ready UNIT COMMAND…   wait until COMMAND succeeds inside the container
-    service converge [--check]    start each unit whose running container is not made of what the host now holds
+    container-unit prepare UNIT          before the container starts: clear the way and write down what it is made of
+    container-unit ready UNIT COMMAND…   wait until COMMAND succeeds inside the container
+    container-unit converge [--check]    start each unit whose running container is not made of what the host now holds
 
-A unit's file is the description of its container. Its section [X-Container], which systemd ignores, names the image, the
-network and the configuration files that the container reads.
+A unit's file is the description of its container. Its section [X-Container], which systemd ignores, names the image,
+the network and the configuration files that the container reads.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Unit:
     """
 
     def __init__(self, file: Path) -> None:
+        """Read the unit's file."""
         self.file = file
         self.name = file.stem
         parser = configparser.ConfigParser(strict=False, interpolation=None, allow_no_value=True)
@@ -155,7 +156,7 @@ def converge(units: list[Unit], check: bool) -> list[str]:
             run("systemctl", "enable", "--quiet", *disabled)
         if stale and run("systemctl", "restart", *stale, check=False).returncode:
             states = run("systemctl", "is-active", *stale, check=False).stdout.split()
-            failed = [name for name, state in zip(stale, states, strict=True) if state != "active"] or stale
+            failed = [name for name, state in zip(stale, states, strict=False) if state != "active"] or stale
             journal = run("journalctl", "--no-pager", "--lines=30", "--output=cat", *(f"--unit={n}" for n in failed))
             raise Failure(f"{', '.join(failed)} did not become ready; the last lines of the journal:\n{journal.stdout}")
     return [f"restarted {name}" for name in stale] + [f"enabled {name}" for name in disabled if name not in stale]
@@ -163,7 +164,7 @@ def converge(units: list[Unit], check: bool) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Do what ``arguments`` say; give the exit status."""
-    parser = argparse.ArgumentParser(prog="service", description="Mechanics of the units that run containers.")
+    parser = argparse.ArgumentParser(prog="container-unit", description="Mechanics of the units that run containers.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("prepare").add_argument("unit")
     waiting = commands.add_parser("ready")

@@ -1,7 +1,7 @@
 """Check a Dagster home with Dagster's own parsers.
 
-Run as ``python -m data_platform_runtime.check_config FILE``, where FILE is a dagster.yaml or a workspace.yaml: exits with
-0 if Dagster accepts it, else with 1 and Dagster's reasons on standard error.
+Run as ``python -m data_platform_runtime.check_config FILE``, where FILE is a dagster.yaml or a workspace.yaml: exits
+with 0 if Dagster accepts it, else with 1 and Dagster's reasons on standard error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def check(file: Path) -> None:
     for part in reference:
         if isinstance(part, ConfigurableClassData):
             component = class_from_code_pointer(part.module_name, part.class_name)
-            result = process_config(resolve_to_config_type(component.config_type()), yaml.safe_load(part.config_yaml) or {})
+            result = process_config(
+                resolve_to_config_type(component.config_type()), yaml.safe_load(part.config_yaml) or {}
+            )
             if not result.success:
                 raise ValueError(f"{part.class_name}: {'; '.join(error.message for error in result.errors)}")
 

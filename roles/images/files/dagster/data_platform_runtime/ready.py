@@ -72,7 +72,7 @@ def code(port: int = 4000) -> None:
 
 
 def container_start() -> datetime:
-    """When the first process of this container started, to the second (proc(5): btime, and starttime in ticks since)."""
+    """When the first process of this container started, to the second (proc(5): btime plus starttime)."""
     booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
     ticks = Path("/proc/1/stat").read_text().rsplit(")", 1)[1].split()[19]
     return datetime.fromtimestamp(int(booted.split()[1]) + int(ticks) / os.sysconf("SC_CLK_TCK"), tz=UTC)
