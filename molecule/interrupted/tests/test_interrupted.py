@@ -34,11 +34,11 @@ KILLS = [
     ("docker : Install the packages", 2.0, True),
     ("images : Build the root file system", 4.0, True),
     ("images : Import it", 0.3, False),
-    ("images : Wait for the builds", 8.0, False),
+    ("images : Build the last", 8.0, False),
     ("postgres : Make a password, once", 0.0, False),
     ("dagster : Configure Dagster", 1.0, True),
-    ("service : Start every service", 3.0, False),
-    ("service : Start every service", 6.0, True),
+    ("service : Start every service", 3.0, True),
+    ("service : Start every service", 2.0, False),
 ]
 """Name of the task, seconds into it, and whether what it runs on the host is killed as well (a lost connection);
 otherwise Ansible's worker, and what it runs on the host, go on to the end of their task."""
