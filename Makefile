@@ -17,7 +17,7 @@ help: ## This text
 up: .venv ## The platform, on a local host in a container: http://localhost:3001
 	@ansible-playbook playbooks/lab.yml playbooks/site.yml
 	@echo "The UI is on http://localhost:3001. Try:"
-	@echo "  - there: Jobs > smoke > Launchpad > Launch run, then Assets > View lineage > Materialize all"
+	@echo "  - there: Jobs > smoke > Launchpad > Launch run, then Lineage > Materialize all > All > Launch backfill"
 	@echo "  - make shell, then: systemctl status 'dagster-*'; journalctl -u dagster-webserver; systemctl restart 'dagster-*'"
 	@echo "  - make down removes it, and all it holds"
 
