@@ -25,6 +25,7 @@ READING = [
     "ls",
     "systemctl is-active",
     "systemctl is-enabled",
+    "ssh -V",
     "systemctl is-system-running",
     "systemctl show",
     "tail",

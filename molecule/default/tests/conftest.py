@@ -1,12 +1,17 @@
 """What the checks of a live platform share."""
 
 import json
+import os
+import re
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[3]
 SERVICES = ["dagster-postgres", "dagster-code", "dagster-daemon", "dagster-webserver"]
 PORT = 3001
 WAREHOUSE = "/var/lib/data-platform/warehouse/warehouse.duckdb"
@@ -96,3 +101,18 @@ class Platform:
 def platform(host: Any) -> Platform:
     """The platform under test."""
     return Platform(host)
+
+
+@pytest.fixture
+def play(pytestconfig: pytest.Config) -> Callable[..., int]:
+    """Run site.yml on the host under test, with further arguments; gives how much it changed."""
+    inventory = Path(pytestconfig.getoption("ansible_inventory")).resolve()
+
+    def run(*arguments: str) -> int:
+        command = ["ansible-playbook", f"--inventory={inventory}", "playbooks/site.yml", *arguments]
+        environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return sum(map(int, re.findall(r"changed=(\d+)", done.stdout)))
+
+    return run

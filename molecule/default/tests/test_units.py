@@ -2,11 +2,10 @@
 
 import json
 import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PORT, SERVICES, Platform
+from conftest import PORT, ROOT, SERVICES, Platform
 
 SECRETS = "/etc/data-platform/secrets"
 
@@ -140,7 +139,7 @@ def test_the_password_is_nowhere_but_in_its_files(host: Any) -> None:
 
 
 def test_images_hold_what_the_lock_says(host: Any) -> None:
-    lock = Path(__file__).parents[3] / "roles/images/files/dagster/requirements.txt"
+    lock = ROOT / "roles/images/files/dagster/requirements.txt"
     locked = dict(line.split()[0].split("==") for line in lock.read_text().splitlines() if line[:1].isalpha())
     names = ["dagster", "dagster-webserver", "dagster-postgres", "dagster-dbt", "dbt-core", "dbt-duckdb", "duckdb"]
     program = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"

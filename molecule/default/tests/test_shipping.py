@@ -1,0 +1,81 @@
+"""A changed pipeline reaches the platform, and touches nothing else."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, SERVICES, Platform
+
+JOBS = """
+{ repositoryOrError(repositorySelector: {repositoryName: "__repository__", repositoryLocationName: "core"}) {
+    ... on Repository { jobs { name } } } }
+"""
+
+
+def jobs(platform: Platform) -> set[str]:
+    """Give the names of the jobs that the UI shows."""
+    return {job["name"] for job in platform.graphql(JOBS)["repositoryOrError"]["jobs"]}
+
+
+def shown(platform: Platform, job: str) -> str:
+    """Say whether the UI shows a job."""
+    return "shown" if job in jobs(platform) else "missing"
+
+
+def test_changed_pipeline_is_built_and_served_alone(
+    host: Any, platform: Platform, play: Callable[..., int], tmp_path: Path
+) -> None:
+    code = tmp_path / "code"
+    shutil.copytree(ROOT / "code/data-platform", code, ignore=shutil.ignore_patterns("target", "__pycache__"))
+    definitions = code / "core/orchestration/dagster/data_platform/jobs.py"
+    definitions.write_text(
+        definitions.read_text().replace("def smoke()", "def smoke_renamed()") + "\nsmoke = smoke_renamed\n"
+    )
+    state = "docker inspect --format '{{.Name}} {{.Id}} {{.Image}}' " + " ".join(SERVICES)
+    before = host.check_output(state).splitlines()
+
+    assert play(f"--extra-vars=images_code={code}") > 0
+    assert platform.wait(lambda: shown(platform, "smoke_renamed"), {"shown"}, 15) == "shown"
+    after = host.check_output(state).splitlines()
+    assert [line.split()[0] for line, old in zip(after, before, strict=True) if line != old] == ["/dagster-code"]
+
+    play()
+    assert platform.wait(lambda: shown(platform, "smoke"), {"shown"}, 15) == "shown"
+    assert host.check_output(state).splitlines()[0] == before[0]
+
+
+def test_code_that_does_not_import_fails_the_play_with_its_traceback(
+    host: Any, platform: Platform, play: Callable[..., int], tmp_path: Path
+) -> None:
+    code = tmp_path / "code"
+    shutil.copytree(ROOT / "code/data-platform", code, ignore=shutil.ignore_patterns("target", "__pycache__"))
+    (code / "core/orchestration/dagster/data_platform/jobs.py").write_text("import nowhere_to_be_found\n")
+    with pytest.raises(
+        AssertionError, match="(?s)dagster-code did not become ready.*No module named 'nowhere_to_be_found'"
+    ):
+        play(f"--extra-vars=images_code={code}")
+    play()
+    assert platform.wait(lambda: platform.locations()["core"] or "loading", {"RepositoryLocation"}, 15)
+
+
+def test_configuration_that_dagster_refuses_never_reaches_it(host: Any, play: Callable[..., int]) -> None:
+    before = host.check_output("sha256sum /etc/data-platform/dagster/dagster.yaml")
+    with pytest.raises(AssertionError, match="(?s)Dagster does not accept this configuration.*no_such_key"):
+        play("--extra-vars", '{"dagster_config": {"no_such_key": 1}}')
+    assert host.check_output("sha256sum /etc/data-platform/dagster/dagster.yaml") == before
+
+
+def test_open_ui_without_a_word_on_the_missing_login_is_refused_before_any_change(play: Callable[..., int]) -> None:
+    with pytest.raises(AssertionError, match="(?s)dagster_webserver_without_login: true.*changed=0"):
+        play("--extra-vars=dagster_webserver_bind=0.0.0.0")
+
+
+def test_play_without_a_change_takes_at_most_20_seconds(play: Callable[..., int]) -> None:
+    started = time.monotonic()
+    assert play() == 0
+    seconds = time.monotonic() - started
+    print(f"A play that changes nothing took {seconds:.1f} s.")
+    assert seconds <= 20
