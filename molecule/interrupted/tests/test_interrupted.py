@@ -38,7 +38,6 @@ KILLS = [
     ("postgres : Make a password, once", 0.0, False),
     ("dagster : Configure Dagster", 1.0, True),
     ("service : Start every service", 3.0, True),
-    ("service : Start every service", 2.0, False),
 ]
 """Name of the task, seconds into it, and whether what it runs on the host is killed as well (a lost connection);
 otherwise Ansible's worker, and what it runs on the host, go on to the end of their task."""
