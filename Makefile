@@ -31,7 +31,8 @@ test: ## All checks: fast tests, lint, then Molecule on a host of its own
 	@for stage in test-fast lint molecule; do echo "== $$stage"; time $(MAKE) $$stage; done
 
 test-fast: .venv .venv-code ## Tests that need no host
-	@.venv-code/bin/python -m pytest -q tests/code tests/runtime
+	@.venv-code/bin/python -m pytest -q tests/code
+	@.venv-code/bin/python -m pytest -q tests/runtime
 	@python -m pytest -q tests/roles
 
 lint: .venv ## ansible-lint, yamllint, ruff, shellcheck, hadolint
