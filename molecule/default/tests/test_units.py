@@ -150,9 +150,9 @@ def test_images_hold_what_the_lock_says(host: Any) -> None:
     assert host.check_output("docker exec dagster-code dbt --version").count("duckdb: 1.11.1") == 1
 
 
-def test_images_are_few_and_compiled(host: Any) -> None:
+def test_images_are_those_of_the_platform_and_compiled(host: Any) -> None:
     listed = host.check_output("docker image ls --filter reference=data-platform/* --format '{{.Repository}}'").split()
-    assert sorted(listed) == [f"data-platform/{name}" for name in ("base", "code", "dagster", "postgres")]
+    assert set(listed) == {f"data-platform/{name}" for name in ("base", "code", "dagster", "postgres")}
     missing = host.check_output(
         "docker exec dagster-webserver sh -c 'cd /opt/dagster/lib/python3*/site-packages/dagster "
         '&& find . -name "*.py" | wc -l && find . -name "*.pyc" | wc -l\''
