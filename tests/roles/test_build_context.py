@@ -76,8 +76,8 @@ def test_order_is_not_the_file_systems(tree: Path, monkeypatch: pytest.MonkeyPat
     expected = build_context(str(tree))
     walk = os.walk
 
-    def backwards(top: Path) -> object:
-        for folder, folders, names in walk(top):
+    def backwards(top: Path, **options: bool) -> object:
+        for folder, folders, names in walk(top, **options):
             folders.sort(reverse=True)
             yield folder, folders, sorted(names, reverse=True)
 

@@ -22,6 +22,7 @@ READING = [
     "docker version",
     "dpkg-query --show",
     "echo",
+    "grep",
     "ls",
     "systemctl is-active",
     "systemctl is-enabled",

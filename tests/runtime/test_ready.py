@@ -84,13 +84,6 @@ def test_webserver_without_locations_is_ready(webserver: Webserver) -> None:
     ready.webserver(webserver.server_port)
 
 
-def test_webserver_is_asked_below_its_prefix(webserver: Webserver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DAGSTER_WEBSERVER_PATH_PREFIX", "/below")
-    webserver.says(LOADED)
-    ready.webserver(webserver.server_port)
-    assert webserver.asked[0][0] == "/below/graphql"
-
-
 def test_webserver_that_still_loads_is_not_ready(webserver: Webserver) -> None:
     webserver.says(LOADED, LOADING)
     with pytest.raises(ready.NotReady, match="still loading: slow$"):

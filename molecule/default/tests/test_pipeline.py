@@ -73,7 +73,7 @@ def materialised(platform: Platform) -> dict[str, int]:
 def test_all_definitions_are_loaded(platform: Platform) -> None:
     repository = platform.graphql(DEFINITIONS)["repositoryOrError"]
     assert {"everything", "refresh_marts", "smoke"} <= {job["name"] for job in repository["jobs"]}
-    assert {schedule["name"] for schedule in repository["schedules"]} == {"daily_refresh"}
+    assert "daily_refresh" in {schedule["name"] for schedule in repository["schedules"]}
     keys = {"/".join(key) for key in asset_keys(platform)}
     assert {f"raw/{table}" for table in ("airlines", "airports", "flights", "planes", "weather")} <= keys
     assert {"marts/delays_by_carrier_route", "marts/delays_by_weather", "marts/on_time_daily"} <= keys

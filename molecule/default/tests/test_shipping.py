@@ -79,3 +79,38 @@ def test_play_without_a_change_takes_at_most_20_seconds(play: Callable[..., int]
     seconds = time.monotonic() - started
     print(f"A play that changes nothing took {seconds:.1f} s.")
     assert seconds <= 20
+
+
+def test_check_mode_tells_and_changes_nothing(host: Any, play: Callable[..., int], tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    shutil.copytree(ROOT / "code/data-platform", code, ignore=shutil.ignore_patterns("target", "__pycache__"))
+    (code / "added.py").touch()
+    state = "sha256sum /etc/systemd/system/dagster-*; docker ps --quiet; docker image ls --quiet"
+    before = host.check_output(state)
+    assert play("--check", "--diff", f"--extra-vars=images_code={code}") > 0
+    assert host.check_output(state) == before
+
+
+FOREIGN_ENGINE = """
+set -e
+mv /etc/docker/daemon.json /etc/docker/daemon.json.kept
+echo '{}' > /etc/docker/daemon.json
+mkdir -p /tmp/docker-ce/DEBIAN
+printf 'Package: docker-ce\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: none\n' \\
+  > /tmp/docker-ce/DEBIAN/control
+dpkg-deb --build /tmp/docker-ce >/dev/null
+dpkg --install /tmp/docker-ce.deb
+"""
+
+
+def test_an_engine_that_is_not_ours_is_left_alone(host: Any, play: Callable[..., int]) -> None:
+    host.check_output("bash -c %s", FOREIGN_ENGINE)
+    try:
+        with pytest.raises(AssertionError, match=r"(?s)docker-ce.*daemon\.json.*changed=0"):
+            play()
+        assert host.file("/etc/docker/daemon.json").content_string == "{}\n"
+    finally:
+        host.check_output(
+            "dpkg --purge docker-ce && rm -r /tmp/docker-ce /tmp/docker-ce.deb "
+            "&& mv /etc/docker/daemon.json.kept /etc/docker/daemon.json"
+        )

@@ -49,8 +49,10 @@ def test_restart_of_one_touches_no_other_and_returns_when_it_is_ready(host: Any,
 
 
 def test_killed_container_comes_back(host: Any, platform: Platform) -> None:
+    killed = inspect(host, "dagster-webserver")["Id"]
     host.check_output("docker kill dagster-webserver")
-    platform.wait(lambda: host.service("dagster-webserver").is_running and "active" or "down", {"active"}, 30)
+    state = "systemctl is-active dagster-webserver && docker inspect --format '{{.Id}}' dagster-webserver"
+    platform.wait(lambda: str(killed not in (now := host.run(state)).stdout and now.rc == 0), {"True"}, 30)
     assert platform.locations() == {"core": "RepositoryLocation"}
 
 

@@ -54,7 +54,7 @@ def build_context(directory: str) -> dict[str, object]:
         raise AnsibleLookupError(f"There is no directory {directory} to build an image from: correct its path.")
     digest = hashlib.sha256()
     files = []
-    for folder, folders, names in os.walk(top):
+    for folder, folders, names in os.walk(top, followlinks=True):
         folders[:] = sorted(set(folders) - LEFT_OUT)
         for name in sorted(set(names) - LEFT_OUT):
             file = Path(folder, name)

@@ -34,7 +34,7 @@ def webserver(port: int = 3001) -> None:
         NotReady: The webserver does not answer GraphQL, or a location is still loading.
     """
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{os.environ.get('DAGSTER_WEBSERVER_PATH_PREFIX', '')}/graphql",
+        f"http://127.0.0.1:{port}/graphql",
         data=json.dumps({"query": LOCATIONS}).encode(),
         headers={"Content-Type": "application/json"},
     )

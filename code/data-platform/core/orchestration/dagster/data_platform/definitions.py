@@ -2,14 +2,14 @@
 
 import dagster as dg
 
-from data_platform.assets import dbt, ingest, report
+from data_platform import assets
 from data_platform.jobs import everything, refresh_marts, smoke
 from data_platform.resources import RESOURCES
 from data_platform.schedules import daily_refresh
 
 defs = dg.Definitions(
-    assets=dg.load_assets_from_modules([ingest, dbt, report]),
-    asset_checks=dg.load_asset_checks_from_modules([ingest]),
+    assets=dg.load_assets_from_package_module(assets),
+    asset_checks=dg.load_asset_checks_from_package_module(assets),
     jobs=[everything, refresh_marts, smoke],
     schedules=[daily_refresh],
     resources=RESOURCES,
