@@ -95,22 +95,22 @@ FOREIGN_ENGINE = """
 set -e
 mv /etc/docker/daemon.json /etc/docker/daemon.json.kept
 echo '{}' > /etc/docker/daemon.json
-mkdir -p /tmp/docker-ce/DEBIAN
-printf 'Package: docker-ce\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: none\n' \\
-  > /tmp/docker-ce/DEBIAN/control
-dpkg-deb --build /tmp/docker-ce >/dev/null
-dpkg --install /tmp/docker-ce.deb
+mkdir -p /tmp/foreign/DEBIAN
+printf 'Package: containerd.io\nVersion: 1\nArchitecture: all\nMaintainer: nobody\nDescription: none\n' \\
+  > /tmp/foreign/DEBIAN/control
+dpkg-deb --build /tmp/foreign >/dev/null
+dpkg --install /tmp/foreign.deb
 """
 
 
 def test_an_engine_that_is_not_ours_is_left_alone(host: Any, play: Callable[..., int]) -> None:
     host.check_output("bash -c %s", FOREIGN_ENGINE)
     try:
-        with pytest.raises(AssertionError, match=r"(?s)docker-ce.*daemon\.json.*changed=0"):
+        with pytest.raises(AssertionError, match=r"(?s)containerd.io.*daemon\.json.*changed=0"):
             play()
         assert host.file("/etc/docker/daemon.json").content_string == "{}\n"
     finally:
         host.check_output(
-            "dpkg --purge docker-ce && rm -r /tmp/docker-ce /tmp/docker-ce.deb "
+            "dpkg --purge containerd.io && rm -r /tmp/foreign /tmp/foreign.deb "
             "&& mv /etc/docker/daemon.json.kept /etc/docker/daemon.json"
         )
