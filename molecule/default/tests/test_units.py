@@ -56,6 +56,19 @@ def test_killed_container_comes_back(host: Any, platform: Platform) -> None:
     assert platform.locations() == {"core": "RepositoryLocation"}
 
 
+def test_service_that_cannot_start_says_why_and_comes_back_by_itself(host: Any, platform: Platform) -> None:
+    host.check_output("systemctl stop dagster-webserver")
+    host.check_output(f"systemd-run --unit=squatter python3 -m http.server --bind 127.0.0.1 {PORT}")
+    try:
+        platform.wait(lambda: str(host.socket(f"tcp://127.0.0.1:{PORT}").is_listening), {"True"}, 10)
+        assert host.run("systemctl start dagster-webserver").rc != 0
+        assert "address already in use" in host.check_output("journalctl --unit=dagster-webserver --lines=40")
+    finally:
+        host.check_output("systemctl stop squatter")
+    platform.wait(lambda: host.run("systemctl is-active dagster-webserver").stdout.strip(), {"active"}, 30)
+    assert platform.locations() == {"core": "RepositoryLocation"}
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
