@@ -11,7 +11,6 @@ LEFT_BEHIND = {
     "a package index": r"https?://(?!\S*\bexample\b)\S+/simple\b",
     "a Debian mirror": r"\bhttps?://(?!\S*\bexample\b)\S+/debian(?:-security)?\b|\b(?:deb|security|snapshot|ftp\S*)\.debian\.org\b",
     "somebody's home": r"(?<!target=)(?<!\w)/(?:root|home)/[\w.]",
-    "a scratch directory": r"(?<![\w.])/tmp/w\w*/|(?<![\w.])/work/\w",
     "a password in an address": r"\w://[^\s/:@{}\"']+:[^\s/:@{}\"']+@(?!example)",
     "a private key": r"BEGIN [A-Z ]*PRIVATE KEY",
 }

@@ -52,7 +52,7 @@ class Webserver(HTTPServer):
 class Answer(BaseHTTPRequestHandler):
     """One answer."""
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         """Answer as the server was told to."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.asked.append((self.path, json.loads(body)["query"]))
