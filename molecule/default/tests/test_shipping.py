@@ -85,7 +85,7 @@ def test_check_mode_tells_and_changes_nothing(host: Any, play: Callable[..., int
     code = tmp_path / "code"
     shutil.copytree(ROOT / "code/data-platform", code, ignore=shutil.ignore_patterns("target", "__pycache__"))
     (code / "added.py").touch()
-    state = "sha256sum /etc/systemd/system/dagster-*; docker ps --quiet; docker image ls --quiet"
+    state = "sha256sum /etc/systemd/system/dagster-*; docker ps --quiet | sort; docker image ls --quiet | sort"
     before = host.check_output(state)
     assert play("--check", "--diff", f"--extra-vars=images_code={code}") > 0
     assert host.check_output(state) == before
