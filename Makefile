@@ -9,7 +9,10 @@ export TIMEFORMAT = took %0R s
 IMAGE := roles/images/files/dagster
 LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --only-binary :all:
 
-.PHONY: help up down shell test test-fast lint molecule lock venv
+DEV := $(CURDIR)/.dev
+DEV_PORT ?= 3002
+
+.PHONY: help up down shell dev test test-fast lint molecule lock venv
 
 help: ## This text
 	@echo "make <target>"; sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|'
@@ -26,6 +29,13 @@ down: ## Remove that host and all it holds
 
 shell: ## A root shell on that host
 	@docker exec --interactive --tty data-platform-lab bash
+
+dev: .venv-code/.complete ## Your pipelines on this machine, without containers: http://localhost:3002
+	@mkdir -p $(DEV)/dagster $(DEV)/scratch $(DEV)/landing
+	@printf '%s\n' 'telemetry: {enabled: false}' 'concurrency: {pools: {default_limit: 1, granularity: op}}' > $(DEV)/dagster/dagster.yaml
+	@cd code/data-platform/core/orchestration/dagster && PATH=$(CURDIR)/.venv-code/bin:$$PATH DAGSTER_HOME=$(DEV)/dagster \
+		DATA_PLATFORM_WAREHOUSE=$(DEV)/warehouse.duckdb DATA_PLATFORM_SCRATCH=$(DEV)/scratch DATA_PLATFORM_LANDING=$(DEV)/landing \
+		exec dagster dev --module-name data_platform.definitions --host 127.0.0.1 --port $(DEV_PORT)
 
 test: ## All checks: fast tests, lint, then Molecule on a host of its own
 	@for stage in test-fast lint molecule; do echo "== $$stage"; time $(MAKE) $$stage; done

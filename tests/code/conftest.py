@@ -46,6 +46,7 @@ def warehouse_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("warehouse") / "warehouse.duckdb"
     os.environ["DATA_PLATFORM_WAREHOUSE"] = str(path)
     os.environ["DATA_PLATFORM_SCRATCH"] = str(tmp_path_factory.mktemp("scratch"))
+    os.environ["DATA_PLATFORM_LANDING"] = str(tmp_path_factory.mktemp("landing"))
     return path
 
 

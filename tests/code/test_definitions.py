@@ -18,12 +18,14 @@ def test_assets_checks_jobs_and_schedules(defs: dg.Definitions) -> None:
     assert keys >= RAW | STAGING | MARTS | {"reports/on_time_report"}
     checks = {f"{key.asset_key.to_user_string()}:{key.name}" for key in graph.asset_check_keys}
     assert {
+        "landing/files:every_file_was_accepted",
         "raw/flights:months_are_complete",
         "staging/stg_flights:scheduled_hour_is_new_york_time",
         "marts/delays_by_weather:weather_mart_counts_every_flight_once",
     } <= checks
     repository = defs.get_repository_def()
-    assert {"everything", "refresh_marts", "smoke"} <= set(repository.job_names)
+    assert {"everything", "land_files", "refresh_marts", "smoke"} <= set(repository.job_names)
+    assert "landing_folder" in {sensor.name for sensor in repository.sensor_defs}
     assert "daily_refresh" in {schedule.name for schedule in repository.schedule_defs}
 
 
@@ -43,7 +45,7 @@ def test_lineage_is_continuous(defs: dg.Definitions) -> None:
 
 
 def test_every_step_is_in_the_pool(defs: dg.Definitions) -> None:
-    for job in ("everything", "refresh_marts", "smoke"):
+    for job in ("everything", "land_files", "refresh_marts", "smoke"):
         for node in defs.resolve_job_def(job).all_node_defs:
             assert isinstance(node, dg.OpDefinition)
             assert node.pool == "duckdb", f"{job}: {node.name}"

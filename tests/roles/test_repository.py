@@ -9,7 +9,7 @@ from conftest import ROOT
 
 LEFT_BEHIND = {
     "a package index": r"https?://(?!\S*\bexample\b)\S+/simple\b",
-    "a Debian mirror": r"\bhttps?://(?!\S*\bexample\b)\S+/debian(?:-security)?\b|\b(?:deb|security|snapshot|ftp\S*)\.debian\.org\b",
+    "a Debian mirror": r"\bhttps?://(?!\S*\bexample\b|download\.docker\.com/)\S+/debian(?:-security)?\b|\b(?:deb|security|snapshot|ftp\S*)\.debian\.org\b",
     "somebody's home": r"(?<!target=)(?<!\w)/(?:root|home)/[\w.]",
     "a password in an address": r"\w://[^\s/:@{}\"']+:[^\s/:@{}\"']+@(?!example)",
     "a private key": r"BEGIN [A-Z ]*PRIVATE KEY",

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -34,32 +35,53 @@ ExecStart=/usr/bin/docker run \\
 Image=some/image:1
 Network=net
 Config={config}
+Reload={reload}
 """
 IMAGES = '["some/image:1"] sha256:aaa\n'
 NAMES = ["dagster-a", "dagster-b", "dagster-c"]
 
 
 class Machine:
-    """A host with three units, whose tools answer what they are told and write down what they are asked."""
+    """A host with three units, whose tools answer what they are told and write down what they are asked.
+
+    The first unit reads a part of its configuration again when it is reloaded.
+    """
 
     def __init__(self, root: Path, program: ModuleType) -> None:
         """Make the host below ``root``, where all is as it should be."""
         self.tools, self.units, self.program = root / "bin", root / "units", program
-        self.config, self.runtime = root / "config", root / "run"
-        for folder in (self.tools, self.units, self.config, *(self.runtime / name for name in NAMES)):
+        self.config, self.workspace, self.runtime = root / "config", root / "workspace", root / "run"
+        for folder in (self.tools, self.units, self.config, self.workspace, *(self.runtime / name for name in NAMES)):
             folder.mkdir(parents=True)
         for tool in ("docker", "systemctl", "journalctl"):
             (self.tools / tool).write_text(STAND_IN)
             (self.tools / tool).chmod(0o755)
         (self.config / "dagster.yaml").write_text("telemetry: no")
+        (self.workspace / "workspace.yaml").write_text("load_from: []")
         for name in NAMES:
-            (self.units / f"{name}.service").write_text(UNIT.format(name=name, config=self.config))
+            self.add(name, self.workspace if name == "dagster-a" else "")
         (self.units / "dagster-other.service").write_text("[Service]\nExecStart=/bin/true\n")
         self.answers: dict[str, tuple[int, str, str]] = {}
         self.answer("docker image inspect", IMAGES)
         self.answer("systemctl is-active", "active\n" * 3)
         self.answer("systemctl is-enabled", "enabled\n" * 3)
         self.containers({name: ("true", self.made_of(name)) for name in NAMES})
+        self.reloaded.write_text(self.program.digest("", self.workspace))
+
+    def add(self, name: str, reload: Path | str = "") -> Path:
+        """Put a unit on the host."""
+        file = self.units / f"{name}.service"
+        file.write_text(UNIT.format(name=name, config=self.config, reload=reload))
+        return file
+
+    @property
+    def reloaded(self) -> Path:
+        """Where it stands what the first unit has read again last."""
+        return self.runtime / "dagster-a" / "reloaded"
+
+    def converge(self, *options: str) -> int:
+        """Bring the host to the three units; give the exit status."""
+        return self.program.main(["converge", *options, *NAMES])
 
     def answer(self, start: str, out: str = "", code: int = 0, err: str = "") -> None:
         """Say what calls that start like this give; the longest start counts."""
@@ -88,9 +110,9 @@ class Machine:
 
     def changes(self) -> list[str]:
         """Give the calls that change something."""
-        return self.calls(
-            "systemctl restart", "systemctl enable", "systemctl daemon-reload", "docker rm", "docker network create"
-        )
+        looks = ("docker container inspect", "docker image inspect", "docker network inspect", "docker exec")
+        asks = ("docker version", "systemctl is-", "systemctl show", "journalctl")
+        return [call for call in self.calls("") if not call.startswith((*looks, *asks))]
 
 
 @pytest.fixture
@@ -106,7 +128,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def test_unit_says_what_its_container_is(machine: Machine) -> None:
     unit = machine.unit()
-    assert (unit.name, unit.image, unit.network, unit.config) == ("dagster-a", "some/image:1", "net", [machine.config])
+    assert (unit.name, unit.image, unit.network) == ("dagster-a", "some/image:1", "net")
+    assert (unit.config, unit.reload) == ([machine.config], [machine.workspace])
+    assert machine.unit("dagster-b").reload == []
 
 
 @pytest.mark.parametrize("text", [None, "", "[Service]\nExecStart=/bin/true\n", "no section\n"])
@@ -147,14 +171,28 @@ def test_times_of_the_configuration_do_not_count(machine: Machine) -> None:
     assert machine.made_of() == before
 
 
+def test_what_a_container_reads_again_is_not_what_it_is_made_of(machine: Machine) -> None:
+    before = machine.made_of()
+    (machine.workspace / "workspace.yaml").write_text("load_from: [x]")
+    assert machine.made_of() == before
+
+
 def test_prepare_clears_the_way_and_writes_down_what_is_started(machine: Machine) -> None:
     machine.answer("docker network inspect", code=1)
     assert machine.program.main(["prepare", "dagster-a"]) == 0
-    assert machine.changes() == ["docker rm --force dagster-a", "docker network create net"]
+    assert machine.changes() == ["docker rm --force --volumes dagster-a", "docker network create net"]
     assert (machine.runtime / "dagster-a" / "labels").read_text().splitlines() == [
         f"data-platform.made-of={machine.made_of()}",
         "object_systemd_unit=dagster-a.service",
     ]
+
+
+def test_prepare_writes_down_what_need_not_be_read_again(machine: Machine) -> None:
+    (machine.workspace / "workspace.yaml").write_text("load_from: [x]")
+    machine.reloaded.unlink()
+    assert machine.program.main(["prepare", "dagster-a"]) == 0
+    assert machine.converge() == 0
+    assert machine.calls("systemctl reload") == []
 
 
 def test_prepare_does_not_say_that_an_outdated_unit_is_the_one_on_disk(machine: Machine) -> None:
@@ -235,7 +273,7 @@ def test_ready_gives_up_when_the_main_process_is_gone(
 
 
 def test_converge_says_and_does_nothing_when_all_is_right(machine: Machine, capsys: pytest.CaptureFixture) -> None:
-    assert machine.program.main(["converge"]) == 0
+    assert machine.converge() == 0
     assert (capsys.readouterr().out, machine.changes()) == ("", [])
 
 
@@ -256,20 +294,20 @@ def test_converge_restarts_just_the_unit_that_is_stale(
         label = states.pop("dagster-b")[1]
         state = {"other label": ("true", "0000"), "no label": ("true", ""), "stopped": ("false", label)}.get(reason)
         machine.containers(states | ({"dagster-b": state} if state else {}))
-    assert machine.program.main(["converge"]) == 0
+    assert machine.converge() == 0
     assert machine.changes() == ["systemctl daemon-reload", "systemctl restart dagster-b"]
     assert capsys.readouterr().out == "restarted dagster-b\n"
 
 
 def test_converge_restarts_all_that_read_a_changed_file(machine: Machine) -> None:
     (machine.config / "dagster.yaml").write_text("telemetry: yes")
-    assert machine.program.main(["converge"]) == 0
+    assert machine.converge() == 0
     assert machine.calls("systemctl restart") == ["systemctl restart dagster-a dagster-b dagster-c"]
 
 
 def test_converge_enables_what_is_disabled(machine: Machine, capsys: pytest.CaptureFixture) -> None:
     machine.answer("systemctl is-enabled", "enabled\ndisabled\nenabled\n", code=1)
-    assert machine.program.main(["converge"]) == 0
+    assert machine.converge() == 0
     assert machine.changes() == ["systemctl daemon-reload", "systemctl enable --quiet dagster-b"]
     assert capsys.readouterr().out == "enabled dagster-b\n"
 
@@ -278,7 +316,7 @@ def test_converge_starts_a_blank_host(machine: Machine, capsys: pytest.CaptureFi
     machine.containers({})
     machine.answer("systemctl is-active", "inactive\n" * 3, code=3)
     machine.answer("systemctl is-enabled", "disabled\n" * 3, code=1)
-    assert machine.program.main(["converge"]) == 0
+    assert machine.converge() == 0
     assert machine.changes()[-1] == f"systemctl restart {' '.join(NAMES)}"
     assert f"systemctl enable --quiet {' '.join(NAMES)}" in machine.changes()
     assert len(capsys.readouterr().out.splitlines()) == 3
@@ -287,7 +325,7 @@ def test_converge_starts_a_blank_host(machine: Machine, capsys: pytest.CaptureFi
 def test_check_says_what_it_would_do_and_does_nothing(machine: Machine, capsys: pytest.CaptureFixture) -> None:
     machine.containers({"dagster-a": ("true", "0000"), "dagster-b": ("true", machine.made_of("dagster-b"))})
     machine.answer("systemctl is-enabled", "enabled\ndisabled\nenabled\n", code=1)
-    assert machine.program.main(["converge", "--check"]) == 0
+    assert machine.converge("--check") == 0
     assert capsys.readouterr().out.splitlines() == ["restarted dagster-a", "restarted dagster-c", "enabled dagster-b"]
     assert machine.changes() == []
 
@@ -298,7 +336,7 @@ def test_failed_restart_shows_the_journal_of_what_failed(machine: Machine, capsy
     machine.answer("systemctl is-active dagster-a dagster-b", "active\nfailed\n", code=3)
     machine.answer("systemctl is-active dagster-a dagster-b dagster-c", "active\nactive\nactive\n")
     machine.answer("journalctl", "could not bind\n")
-    assert machine.program.main(["converge"]) == 1
+    assert machine.converge() == 1
     assert "dagster-b did not become ready; the last lines of the journal:\ncould not bind" in capsys.readouterr().err
     assert [call.split("--unit=")[1:] for call in machine.calls("journalctl")] == [["dagster-b"]]
 
@@ -306,5 +344,181 @@ def test_failed_restart_shows_the_journal_of_what_failed(machine: Machine, capsy
 def test_failed_restart_that_has_mended_itself_names_a_unit(machine: Machine, capsys: pytest.CaptureFixture) -> None:
     machine.containers({name: ("true", machine.made_of(name)) for name in NAMES[1:]})
     machine.answer("systemctl restart", code=1, err="Job failed")
-    assert machine.program.main(["converge"]) == 0 or capsys.readouterr().err.startswith("dagster-a ")
+    assert machine.converge() == 0 or capsys.readouterr().err.startswith("dagster-a ")
     assert [call for call in machine.calls("journalctl") if "--unit=" not in call] == []
+
+
+@pytest.mark.parametrize("change", ["content", "new file", "nothing written down"])
+def test_converge_reloads_what_only_has_to_read_again(
+    change: str, machine: Machine, capsys: pytest.CaptureFixture
+) -> None:
+    if change == "content":
+        (machine.workspace / "workspace.yaml").write_text("load_from: [x]")
+    elif change == "new file":
+        (machine.workspace / "more.yaml").touch()
+    else:
+        machine.reloaded.unlink()
+    assert machine.converge() == 0
+    assert machine.changes() == ["systemctl reload dagster-a"]
+    assert capsys.readouterr().out == "reloaded dagster-a\n"
+
+
+def test_converge_reloads_once(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    (machine.workspace / "workspace.yaml").write_text("load_from: [x]")
+    assert machine.program.main(["reloaded", "dagster-a"]) == 0
+    assert machine.converge() == 0
+    assert (capsys.readouterr().out, machine.changes()) == ("", [])
+
+
+def test_what_restarts_is_not_reloaded(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    (machine.workspace / "workspace.yaml").write_text("load_from: [x]")
+    machine.containers({name: ("true", machine.made_of(name)) for name in NAMES[1:]})
+    assert machine.converge() == 0
+    assert machine.changes() == ["systemctl daemon-reload", "systemctl restart dagster-a"]
+    assert capsys.readouterr().out == "restarted dagster-a\n"
+
+
+def test_failed_reload_is_tried_again(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    (machine.workspace / "workspace.yaml").write_text("load_from: [x]")
+    machine.answer("systemctl reload", code=1, err="Job failed")
+    for _ in range(2):
+        assert machine.converge() == 1
+        assert capsys.readouterr().err == "'systemctl reload dagster-a' failed: Job failed\n"
+    machine.answer("systemctl reload")
+    assert machine.converge() == 0
+    assert machine.changes() == ["systemctl reload dagster-a"] * 3
+
+
+def test_converge_removes_what_is_no_longer_wanted(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    others = [machine.units / "dagster-other.service", machine.add("postgres-x")]
+    gone = [machine.add("dagster-x"), machine.add("dagster-y", machine.workspace)]
+    assert machine.converge() == 0
+    assert machine.changes() == [
+        "systemctl disable --now --quiet dagster-x dagster-y",
+        "systemctl reset-failed dagster-x dagster-y",
+        "systemctl daemon-reload",
+    ]
+    assert capsys.readouterr().out.splitlines() == ["removed dagster-x", "removed dagster-y"]
+    assert not any(file.exists() for file in gone)
+    assert all(file.exists() for file in others)
+    assert machine.converge() == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_webserver_reads_again_before_a_location_goes(machine: Machine) -> None:
+    machine.add("dagster-x")
+    (machine.workspace / "workspace.yaml").write_text("load_from: []\n")
+    assert machine.converge() == 0
+    assert machine.changes()[:2] == ["systemctl reload dagster-a", "systemctl disable --now --quiet dagster-x"]
+
+
+def test_unit_that_does_not_stop_stays(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    file = machine.add("dagster-x")
+    machine.answer("systemctl disable", code=1, err="Job failed")
+    assert machine.converge() == 1
+    assert capsys.readouterr().err == "'systemctl disable --now --quiet dagster-x' failed: Job failed\n"
+    assert file.exists()
+
+
+class Killed(BaseException):
+    """What ends the program wherever it is."""
+
+
+def kill_after(survived: int, machine: Machine, patched: pytest.MonkeyPatch) -> None:
+    """Kill the program once it has changed the host so many times."""
+    run, steps = machine.program.run, []
+    changes = [("systemctl", "disable"), ("systemctl", "daemon-reload"), ("docker", "network", "rm")]
+
+    def until_killed(does: Callable[..., object]) -> Callable[..., object]:
+        def step(*arguments: object, **options: object) -> object:
+            if does is run and not any(arguments[: len(change)] == change for change in changes):
+                return does(*arguments, **options)
+            if len(steps) == survived:
+                raise Killed
+            steps.append(arguments)
+            return does(*arguments, **options)
+
+        return step
+
+    patched.setattr(machine.program, "run", until_killed(run))
+    patched.setattr(Path, "unlink", until_killed(Path.unlink))
+
+
+@pytest.mark.parametrize("survived", range(4))
+def test_removal_that_was_killed_is_finished(
+    survived: int, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    files = [machine.add("dagster-x"), machine.add("dagster-y")]
+    with monkeypatch.context() as patched:
+        kill_after(survived, machine, patched)
+        with pytest.raises(Killed):
+            machine.converge()
+    left = [file.stem for file in files if file.exists()]
+    assert len(left) == 2 - max(0, min(survived - 1, 2))
+    assert machine.converge() == 0
+    assert capsys.readouterr().out.splitlines() == [f"removed {name}" for name in left]
+    assert not any(file.exists() for file in files)
+    stopped = {name for call in machine.calls("systemctl disable --now") for name in call.split()[4:]}
+    assert stopped == {"dagster-x", "dagster-y"}
+
+
+def test_check_only_says_what_it_would_reload_and_remove(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    file = machine.add("dagster-x")
+    (machine.workspace / "workspace.yaml").write_text("load_from: [x]")
+    written = machine.reloaded.read_text()
+    assert machine.converge("--check") == 0
+    assert capsys.readouterr().out.splitlines() == ["reloaded dagster-a", "removed dagster-x"]
+    assert (machine.changes(), file.exists(), machine.reloaded.read_text()) == ([], True, written)
+
+
+def test_converge_to_no_units_at_all_is_refused(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        machine.program.main(["converge"])
+    assert "required: units" in capsys.readouterr().err
+    assert machine.changes() == []
+
+
+def test_remove_leaves_nothing_of_the_units(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    assert machine.program.main(["remove"]) == 0
+    assert machine.changes() == [
+        f"systemctl disable --now --quiet {' '.join(NAMES)}",
+        f"systemctl reset-failed {' '.join(NAMES)}",
+        "docker network rm net",
+        "systemctl daemon-reload",
+    ]
+    assert capsys.readouterr().out.splitlines() == [f"removed {name}" for name in NAMES]
+    assert [file.name for file in machine.units.iterdir()] == ["dagster-other.service"]
+    assert machine.program.main(["remove"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("survived", range(6))
+def test_whole_removal_that_was_killed_is_finished(
+    survived: int, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        kill_after(survived, machine, patched)
+        with pytest.raises(Killed):
+            machine.program.main(["remove"])
+    assert machine.program.main(["remove"]) == 0
+    assert [file.name for file in machine.units.iterdir()] == ["dagster-other.service"]
+    assert "docker network rm net" in machine.calls("docker network rm")
+
+
+def test_network_that_is_gone_is_no_reason_to_stop(machine: Machine) -> None:
+    machine.answer("docker network inspect", code=1)
+    assert machine.program.main(["remove"]) == 0
+    assert machine.calls("docker network rm") == []
+
+
+def test_network_that_others_use_is_named(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    machine.answer("docker network rm", code=1, err="network net has active endpoints")
+    assert machine.program.main(["remove"]) == 1
+    assert capsys.readouterr().err == "'docker network rm net' failed: network net has active endpoints\n"
+
+
+def test_check_only_says_what_it_would_take_off(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    assert machine.program.main(["remove", "--check"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"removed {name}" for name in NAMES]
+    assert machine.changes() == []
+    assert len(list(machine.units.iterdir())) == 4

@@ -12,16 +12,22 @@ from conftest import ROLES, ROOT, Task, all_tasks, role_files, strings
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")
 READING = [
     "awk",
+    "command -v",
     "df",
+    "docker build --help",
     "docker container inspect",
     "docker container ls",
     "docker image inspect",
     "docker image ls",
     "docker info",
     "docker network inspect",
+    "docker run --rm --network none --entrypoint cat",
     "docker version",
+    "du",
     "dpkg-query --show",
     "echo",
+    "find",
+    "getent",
     "grep",
     "ls",
     "systemctl is-active",
@@ -31,9 +37,19 @@ READING = [
     "systemctl show",
     "tail",
     "test",
+    "uname -m",
+    "unshare --user --map-root-user --map-auto echo",
+    "uv pip compile",
 ]
+WRITING_OPTIONS = {
+    "find": {"-delete", "-execdir", "-fls", "-fprint", "-fprint0", "-fprintf", "-ok", "-okdir"},
+    "uv pip compile": {"-o", "--output-file"},
+}
+PROGRAM = "/usr/local/lib/data-platform/container-unit"
 LOOKS_ONLY_IN_CHECK_MODE = (
-    "/usr/local/lib/data-platform/container-unit converge{{ ' --check' if ansible_check_mode else '' }}"
+    f"{PROGRAM} converge {{{{ '--check ' if ansible_check_mode else '' }}}}{{{{ service_units | join(' ') }}}}",
+    f"{PROGRAM} remove{{{{ ' --check' if ansible_check_mode else '' }}}}",
+    "/usr/local/lib/data-platform/retention.py{{ ' --check' if ansible_check_mode else '' }}",
 )
 COMMANDS = ("command", "shell", "raw", "script")
 CONTENT = (
@@ -50,7 +66,14 @@ CONTENT = (
     "template",
 )
 SECRETS = "/etc/data-platform/secrets/"
-SECRET_OPTIONS = {"images_package_index"}
+SECRET_OPTIONS = {
+    "__images_registry_login",
+    "code_location_package_index",
+    "code_location_secrets",
+    "dagster_code_locations",
+    "images_package_index",
+    "images_registry_password",
+}
 
 
 def command_line(task: Task) -> str:
@@ -61,7 +84,7 @@ def command_line(task: Task) -> str:
 
 
 def simple_commands(line: str) -> list[str]:
-    """The commands that a command line comes to: those of its shell program, the one that it runs in a container."""
+    """The commands that a command line comes to: those of its shell program or of find, the one of a container."""
     line = re.sub(r"{%.*?%}", "", line)
     listed = jinja2.Environment().parse(line).find(jinja2.nodes.List) if line.startswith("{{") else None
     words = (
@@ -74,21 +97,43 @@ def simple_commands(line: str) -> list[str]:
         return [part.strip() for part in parts.split("\n") if part.strip(" ;|&")]
     if words[:2] == ["docker", "exec"]:
         words = words[3:] if words[2:3] != ["{{"] else words[words.index("}}") + 1 :]
-    return [" ".join(words)]
+    return " ".join(words).split(" -exec ")  # find's
+
+
+def only_reads(command: str) -> bool:
+    known = [start for start in READING if f"{command} ".startswith(f"{start} ")]
+    options = {word.partition("=")[0] for word in command.split()}
+    return any(not WRITING_OPTIONS.get(start, set()) & options for start in known) and ">" not in command
 
 
 def reads(line: str) -> bool:
-    commands = simple_commands(line)
-    return all(any(f"{one} ".startswith(f"{known} ") for known in READING) and ">" not in one for one in commands)
+    return all(map(only_reads, simple_commands(line)))
+
+
+def fetches_to_look(task: Task) -> bool:
+    """Whether a task only brings code to the controller's cache, for the play to know what it would ship."""
+    return (
+        task.module == "git"
+        and task.content.get("delegate_to") == "localhost"
+        and task.arguments["dest"] == "{{ item.path }}"
+        and task.content["loop"] == "{{ preflight_code_locations | selectattr('git') }}"
+    )
 
 
 def hides_a_change(task: Task) -> bool:
-    return task.content.get("changed_when") is False and not (task.module in COMMANDS and reads(command_line(task)))
+    looks = fetches_to_look(task) or (task.module in COMMANDS and reads(command_line(task)))
+    return task.content.get("changed_when") is False and not looks
 
 
 def acts_in_check_mode(task: Task) -> bool:
     line = command_line(task) if task.module in COMMANDS else ""
-    return task.content.get("check_mode") is False and line != LOOKS_ONLY_IN_CHECK_MODE and not reads(line)
+    looks = fetches_to_look(task) or line.startswith(LOOKS_ONLY_IN_CHECK_MODE) or (line and reads(line))
+    return task.content.get("check_mode") is False and not looks
+
+
+def own_modules(task: Task) -> set[str]:
+    """Modules of the role that a task belongs to; they have no collection."""
+    return {module.stem for module in (task.file.parents[1] / "library").glob("*.py")}
 
 
 def secret_names(tasks: list[Task]) -> set[str]:
@@ -116,6 +161,12 @@ def handles(task: Task, names: set[str]) -> bool:
         "sh -c 'df | tee /etc/passwd'",
         "{{ ['rm', '--force'] + things }}",
         "dpkg-query-and-more --show",
+        "uv pip compile --quiet -o requirements.txt requirements.in",
+        "uv pip compile --output-file=requirements.txt requirements.in",
+        "uv pip sync requirements.txt",
+        "find /etc -delete",
+        "find /etc -name x -exec rm {} +",
+        "find /etc -exec du {} + -exec rm {} +",
     ],
 )
 def test_commands_that_write_are_told_from_those_that_read(line: str) -> None:
@@ -151,7 +202,7 @@ def test_every_task_has_a_name_and_a_qualified_module() -> None:
     bare = [
         task.name
         for task in all_tasks()
-        if not task.module and not {"block", "hosts", "import_playbook"} & set(task.content)
+        if not task.module and not {"block", "hosts", "import_playbook", *own_modules(task)} & set(task.content)
     ]
     assert bare + [task.name for task in all_tasks() if not task.content.get("name")] == []
 

@@ -15,14 +15,26 @@ import yaml
 from conftest import ROLES, ROOT, load, module_at, options, role_files, role_tasks, strings, wiring
 
 AWKWARD = """50% of $HOME, "quoted" 'too' \\ %h $$ %% ; # -- {{'{{'}} é"""
-FACTS = {f"images_{name}": f"data-platform/{name}:0123456789ab" for name in ("dagster", "postgres", "code_location")}
+SECRETS = {"API_TOKEN": AWKWARD, "EMPTY": "", "MANY_LINES": "open\nsesame\n"}
+FACTS: dict[str, Any] = {f"images_{name}": f"data-platform/{name}:0123456789ab" for name in ("dagster", "postgres")}
+FACTS["images_code"] = {name: f"data-platform/code-{name}:0123456789ab" for name in ("core", "sales", "examples")}
 HOSTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "overridden": {
-        "dagster_code_servers": [
-            {"name": "one", "host": "a", "port": 4001},
-            {"name": "two", "host": "b", "port": "4002"},
+        "dagster_code_locations": [
+            {"name": "core", "source": "here", "module": "core", "env": {"HOME": "/elsewhere"}},
+            {
+                "name": "sales",
+                "source": "https://git.example.com/sales.git",
+                "revision": "v1",
+                "module": "sales.definitions",
+                "directory": "src",
+                "secrets": SECRETS,
+                "writable": True,
+                "limits": {"memory": "2g", "cpus": 1.5, "pids": 512},
+            },
         ],
+        "dagster_examples": True,
         "dagster_config": {"run_monitoring": {"poll_interval_seconds": 5}, "telemetry": {"enabled": True}},
         "dagster_dequeue_interval": "3",
         "dagster_max_concurrent_runs": "7",
@@ -40,13 +52,17 @@ HOSTS: dict[str, dict[str, Any]] = {
         "postgres_settings": {"max_connections": 50},
     },
     "awkward": {
-        "dagster_code_servers": [
-            {"name": "yes", "host": "1", "port": 4000},
-            {"name": "a: b, {c} #d", "host": "e", "port": 4000},
+        "dagster_code_servers": {"yes": "1", "a: b, {c} #d": "e"},
+        "dagster_code_locations": [
+            {
+                "name": "core",
+                "source": "here",
+                "module": "core",
+                "directory": "with space/100%",
+                "env": {"AWKWARD": AWKWARD, "EMPTY": "", "YES": "yes"},
+            },
         ],
         "dagster_metadata_url": "postgresql://me@%2Frun%2Fsocket/a%20b?application_name='$x'",
-        "code_location_environment": {"AWKWARD": AWKWARD, "EMPTY": "", "YES": "yes"},
-        "code_location_directory": "/opt/with space/100%",
         "postgres_settings": {"log_line_prefix": "%m [%p] %q$USER ", "search_path": '"$user", public'},
     },
 }
@@ -62,7 +78,9 @@ OVERRIDDEN = {
     ("telemetry", "enabled"): True,
     ("storage", "postgres", "postgres_url"): "postgresql://me@db.example.com:6432/other?sslmode=require",
 }
-UNITS = ["dagster-code", "dagster-daemon", "dagster-postgres", "dagster-webserver"]
+UNITS = {host: {"dagster-code", "dagster-daemon", "dagster-postgres", "dagster-webserver"} for host in HOSTS}
+UNITS["overridden"] |= {"dagster-code-sales", "dagster-code-examples"}
+WRITTEN = AWKWARD.replace("{{'{{'}}", "{{")
 CHECK = """
 import json, pathlib, sys
 from data_platform_runtime.check_config import check
@@ -105,13 +123,21 @@ def render(source: Path, target: str, **task: Any) -> dict[str, Any]:
 
 
 def playbook() -> list[dict[str, Any]]:
-    """Render each template as the roles do, the units with what each role hands to the shared mechanic."""
+    """Render all as the roles do: templates, secrets, the units with what each role hands to the shared mechanic."""
     templates = ROOT / "roles" / "dagster" / "templates"
     tasks = [render(templates / f"{name}.j2", name) for name in ("dagster.yaml", "workspace.yaml")]
     unit = ROOT / "roles" / "service" / "templates" / "container.service.j2"
     for include in (task for role in ROLES for task in role_tasks(role) if task.module == "include_role"):
         handed = {name: include.content[name] for name in ("vars", "loop", "loop_control") if name in include.content}
         tasks.append(render(unit, "{{ service_name }}.service", **handed))
+    secrets = next(task for task in role_tasks("code_location") if "code_location_secrets[" in str(task.arguments))
+    contents = [
+        ("secrets-{{ item }}.json", secrets.arguments["content"], {"loop": secrets.content["loop"]}),
+        ("wanted.json", "{{ service_units | to_json }}", {}),
+    ]
+    for name, content, task in contents:
+        dest = f"{{{{ playbook_dir }}}}/{{{{ inventory_hostname }}}}/{name}"
+        tasks.append({"ansible.builtin.copy": {"dest": dest, "content": content}, **task})
     return [{"hosts": "all", "gather_facts": False, "tasks": tasks}]
 
 
@@ -121,10 +147,11 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rendered")
     for host in HOSTS:
         (folder / host).mkdir()
-    (folder / "hosts.yml").write_text(yaml.safe_dump(inventory()))
+    (folder / "hosts.yml").write_text(yaml.safe_dump(inventory(), sort_keys=False))
     (folder / "play.yml").write_text(yaml.safe_dump(playbook()))
     command = ["ansible-playbook", "--inventory=hosts.yml", "play.yml"]
-    environment = {**os.environ, "ANSIBLE_PIPELINING": "true"}
+    lookups = str(ROOT / "playbooks" / "lookup_plugins")
+    environment = {**os.environ, "ANSIBLE_PIPELINING": "true", "ANSIBLE_LOOKUP_PLUGINS": lookups}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
@@ -159,6 +186,10 @@ def words(unit: Path, key: str) -> list[str]:
 def values(unit: Path, option: str) -> list[str]:
     command = words(unit, "ExecStart")
     return [value for name, value in zip(command, command[1:], strict=False) if name == option]
+
+
+def environment_of(unit: Path) -> dict[str, str]:
+    return dict(value.split("=", 1) for value in values(unit, "--env"))
 
 
 def test_the_overridden_host_overrides_all_that_is_not_wired() -> None:
@@ -203,8 +234,9 @@ def test_code_locations_reach_the_workspace(rendered: Path) -> None:
     entries = load(rendered / "overridden" / "workspace.yaml")["load_from"]
     servers = [entry["grpc_server"] for entry in entries if "grpc_server" in entry]
     assert servers == [
-        {"location_name": "one", "host": "a", "port": 4001},
-        {"location_name": "two", "host": "b", "port": 4002},
+        {"location_name": "core", "host": "dagster-code", "port": 4000},
+        {"location_name": "sales", "host": "dagster-code-sales", "port": 4000},
+        {"location_name": "examples", "host": "dagster-code-examples", "port": 4000},
     ]
     assert {"python_module": "somewhere.definitions"} in entries
 
@@ -212,7 +244,7 @@ def test_code_locations_reach_the_workspace(rendered: Path) -> None:
 def test_awkward_names_of_code_locations_survive(rendered: Path) -> None:
     servers = [entry["grpc_server"] for entry in load(rendered / "awkward" / "workspace.yaml")["load_from"]]
     asked = HOSTS["awkward"]["dagster_code_servers"]
-    assert servers == [{"location_name": s["name"], "host": s["host"], "port": s["port"]} for s in asked]
+    assert servers == [{"location_name": name, "host": host, "port": 4000} for name, host in asked.items()]
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -221,7 +253,7 @@ def test_no_password_is_written(rendered: Path, host: str) -> None:
         assert [text for text in strings(load(file)) if "://" in text and urlsplit(text).password] == []
         assert re.findall(r"(?i)\b\w*(?:password|secret|token)\w*:", file.read_text()) == []
     for unit in rendered.glob(f"{host}/*.service"):
-        given = dict(value.split("=", 1) for value in values(unit, "--env"))
+        given = environment_of(unit)
         secret = [value for name, value in given.items() if re.search("PASS|SECRET|TOKEN", name)]
         assert [value for value in secret if not value.startswith("/etc/data-platform/secrets/")] == []
         assert [value for value in given.values() if "://" in value and urlsplit(value).password] == []
@@ -231,7 +263,7 @@ def test_no_password_is_written(rendered: Path, host: str) -> None:
 def test_systemd_understands_the_units(rendered: Path, host: str, tmp_path: Path) -> None:
     (tmp_path / "docker.service").write_text("[Service]\nExecStart=/bin/true\n")
     units = sorted(rendered.glob(f"{host}/*.service"))
-    assert len(units) == len(UNITS)
+    assert {unit.stem for unit in units} == UNITS[host]
     path = {"SYSTEMD_UNIT_PATH": f"{rendered / host}:{tmp_path}:/usr/lib/systemd/system"}
     command = ["/usr/bin/systemd-analyze", "verify", "--man=no", *units]
     try:
@@ -242,8 +274,8 @@ def test_systemd_understands_the_units(rendered: Path, host: str, tmp_path: Path
 
 
 def test_awkward_environment_survives_systemd(rendered: Path) -> None:
-    given = HOSTS["awkward"]["code_location_environment"] | {"AWKWARD": AWKWARD.replace("{{'{{'}}", "{{")}
-    environment = dict(value.split("=", 1) for value in values(rendered / "awkward" / "dagster-code.service", "--env"))
+    given = HOSTS["awkward"]["dagster_code_locations"][0]["env"] | {"AWKWARD": WRITTEN}
+    environment = environment_of(rendered / "awkward" / "dagster-code.service")
     assert environment == environment | given
 
 
@@ -251,7 +283,7 @@ def test_awkward_commands_survive_systemd(rendered: Path) -> None:
     settings = dict(value.split("=", 1) for value in values(rendered / "awkward" / "dagster-postgres.service", "-c"))
     assert settings == HOSTS["awkward"]["postgres_settings"]
     code = words(rendered / "awkward" / "dagster-code.service", "ExecStart")
-    assert "--working-directory=/opt/with space/100%" in code
+    assert "--working-directory=/opt/data-platform/code/with space/100%" in code
 
 
 def test_variables_reach_the_units(rendered: Path) -> None:
@@ -260,8 +292,65 @@ def test_variables_reach_the_units(rendered: Path) -> None:
     assert values(units / "dagster-daemon.service", "--publish") == []
     assert words(units / "dagster-code.service", "ExecStop")[2:4] == ["--time", "90"]
     assert "TimeoutStopSec=105" in (units / "dagster-code.service").read_text()
-    environment = dict(value.split("=", 1) for value in values(units / "dagster-daemon.service", "--env"))
-    assert environment["PGPASSFILE"] == "/etc/data-platform/secrets/other"
+    assert environment_of(units / "dagster-daemon.service")["PGPASSFILE"] == "/etc/data-platform/secrets/other"
+
+
+def test_description_of_a_location_reaches_its_unit(rendered: Path) -> None:
+    unit = rendered / "overridden" / "dagster-code-sales.service"
+    command = words(unit, "ExecStart")
+    assert command[command.index("data-platform/code-sales:0123456789ab") + 1 :] == [
+        *("python", "-m", "data_platform_runtime.with_secrets", "/etc/data-platform/secrets/code/sales.json"),
+        *("dagster", "api", "grpc", "--host=0.0.0.0", "--port=4000", "--location-name=sales"),
+        *("--working-directory=/opt/data-platform/code/src", "--module-name=sales.definitions"),
+    ]
+    limits = {option: values(unit, option) for option in ("--memory", "--memory-swap", "--cpus", "--pids-limit")}
+    assert limits == {"--memory": ["2g"], "--memory-swap": ["2g"], "--cpus": ["1.5"], "--pids-limit": ["512"]}
+    assert "type=volume,target=/opt/data-platform/code" in values(unit, "--mount")
+    assert environment_of(unit)["DAGSTER_CURRENT_IMAGE"] == "data-platform/code-sales:0123456789ab"
+
+
+def test_location_that_asks_for_little_gets_nothing_more(rendered: Path) -> None:
+    unit = rendered / "overridden" / "dagster-code.service"
+    assert environment_of(unit)["HOME"] == "/elsewhere"
+    assert environment_of(unit.with_stem("dagster-code-sales"))["HOME"] == "/tmp"
+    assert re.findall("with_secrets|/secrets/code|--memory|--cpus|--pids-limit|type=volume", unit.read_text()) == []
+
+
+def test_secrets_reach_their_file_and_no_other(rendered: Path) -> None:
+    file = rendered / "overridden" / "secrets-sales.json"
+    assert json.loads(file.read_text()) == SECRETS | {"API_TOKEN": WRITTEN}
+    assert list(rendered.glob("*/secrets-*.json")) == [file]
+    others = "".join(path.read_text() for path in rendered.glob("overridden/*") if path != file)
+    assert [word for word in ("API_TOKEN", "sesame", "%h") if word in others] == []
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_units_that_are_written_are_those_that_are_wanted(rendered: Path, host: str) -> None:
+    assert set(load(rendered / host / "wanted.json")) == {unit.stem for unit in rendered.glob(f"{host}/*.service")}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_code_is_served_before_it_is_asked_for(rendered: Path, host: str) -> None:
+    before = {unit.stem: words(unit, "Before") for unit in rendered.glob(f"{host}/*.service")}
+    code = {name for name in before if name.startswith("dagster-code")}
+    assert code
+    asking = ["dagster-webserver.service", "dagster-daemon.service"]
+    assert before == {name: asking if name in code else [] for name in before}
+
+
+def test_webserver_and_daemon_are_told_to_read_their_workspace_again(rendered: Path) -> None:
+    reloads = {unit.stem for unit in rendered.glob("*/*.service") if "ExecReload=" in unit.read_text()}
+    asks = {
+        "dagster-webserver": ["data_platform_runtime.reload_workspace"],
+        "dagster-daemon": ["data_platform_runtime.daemon", "reload"],
+    }
+    assert reloads == set(asks)
+    for name, program in asks.items():
+        lines = re.findall(r"^ExecReload=(.*)$", (rendered / "plain" / f"{name}.service").read_text(), re.M)
+        assert [shlex.split(line) for line in lines] == [
+            ["/usr/bin/docker", "exec", name, "python", "-m", *program],
+            ["/usr/local/lib/data-platform/container-unit", "reloaded", name],
+        ]
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -273,4 +362,5 @@ def test_program_of_the_units_reads_what_docker_is_told(rendered: Path, host: st
         assert unit.image in words(file, "ExecStart")
         assert [unit.network] == values(file, "--network")
         assert [unit.name] == values(file, "--name")
-        assert [str(path) for path in unit.config] == [mount["source"] for mount in mounts if "readonly" in mount]
+        known = [str(path) for path in unit.config + unit.reload]
+        assert known == [mount["source"] for mount in mounts if "readonly" in mount]

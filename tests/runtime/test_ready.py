@@ -1,22 +1,18 @@
 """The readiness probes, against servers that speak the real protocols."""
 
-import json
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import grpc
 import pytest
+from conftest import Webserver, free_port
 from dagster._daemon.types import DaemonHeartbeat
 from dagster_postgres import PostgresRunStorage
 from data_platform_runtime import ready
@@ -28,64 +24,19 @@ LOADED = {"name": "core", "loadStatus": "LOADED"}
 LOADING = {"name": "slow", "loadStatus": "LOADING"}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Webserver(HTTPServer):
-    """Answers every request with one status and text, and keeps what it was asked."""
-
-    status, text = 200, ""
-
-    def __init__(self) -> None:
-        """Take any free port."""
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.asked: list[tuple[str, str]] = []
-
-    def says(self, *entries: dict[str, str]) -> None:
-        """Answer with these code locations."""
-        self.text = json.dumps({"data": {"workspaceOrError": {"locationEntries": entries}}})
-
-
-class Answer(BaseHTTPRequestHandler):
-    """One answer."""
-
-    def do_POST(self) -> None:
-        """Answer as the server was told to."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.asked.append((self.path, json.loads(body)["query"]))
-        self.send_response(self.server.status)
-        self.end_headers()
-        self.wfile.write(self.server.text.encode())
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-
-@pytest.fixture
-def webserver() -> Iterator[Webserver]:
-    """A webserver on a port of its own."""
-    with Webserver() as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
 def test_webserver_is_ready_once_every_location_was_tried(webserver: Webserver) -> None:
-    webserver.says(LOADED, LOADED | {"name": "other"})
+    webserver.says("workspaceOrError", {"locationEntries": [LOADED, LOADED | {"name": "other"}]})
     ready.webserver(webserver.server_port)
     assert webserver.asked == [("/graphql", ready.LOCATIONS)]
 
 
 def test_webserver_without_locations_is_ready(webserver: Webserver) -> None:
-    webserver.says()
+    webserver.says("workspaceOrError", {"locationEntries": []})
     ready.webserver(webserver.server_port)
 
 
 def test_webserver_that_still_loads_is_not_ready(webserver: Webserver) -> None:
-    webserver.says(LOADED, LOADING)
+    webserver.says("workspaceOrError", {"locationEntries": [LOADED, LOADING]})
     with pytest.raises(ready.NotReady, match="still loading: slow$"):
         ready.webserver(webserver.server_port)
 

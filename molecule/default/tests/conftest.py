@@ -36,6 +36,7 @@ class Platform:
 
     def __init__(self, host: Any) -> None:
         self.host = host
+        self.port = int(host.check_output("docker port dagster-webserver 3001/tcp").splitlines()[0].rsplit(":", 1)[1])
 
     def graphql(self, query: str, **variables: object) -> dict[str, Any]:
         """Give the data of the answer to one request; no second try."""
@@ -43,7 +44,7 @@ class Platform:
         answer = self.host.run(
             "curl --silent --show-error --fail --max-time 60 --header 'Content-Type: application/json' --data %s %s",
             body,
-            f"http://127.0.0.1:{PORT}/graphql",
+            f"http://127.0.0.1:{self.port}/graphql",
         )
         assert answer.rc == 0, answer.stderr
         content = json.loads(answer.stdout)
@@ -55,9 +56,9 @@ class Platform:
         entries = self.graphql(LOCATIONS)["workspaceOrError"]["locationEntries"]
         return {entry["name"]: (entry["locationOrLoadError"] or {}).get("__typename") for entry in entries}
 
-    def launch(self, job: str, tags: dict[str, str] | None = None) -> str:
-        """Launch a job of the location core; give the run's ID."""
-        selector = {"jobName": job, "repositoryName": "__repository__", "repositoryLocationName": "core"}
+    def launch(self, job: str, tags: dict[str, str] | None = None, location: str = "core") -> str:
+        """Launch a job of a location; give the run's ID."""
+        selector = {"jobName": job, "repositoryName": "__repository__", "repositoryLocationName": location}
         params = {
             "selector": selector,
             "mode": "default",
@@ -80,11 +81,11 @@ class Platform:
             time.sleep(0.5)
         return answer
 
-    def duckdb(self, query: str) -> list[list[Any]]:
-        """Give the rows of a query to the warehouse."""
+    def duckdb(self, query: str, file: str = WAREHOUSE) -> list[list[Any]]:
+        """Give the rows of a query to a database in the warehouse's directory."""
         program = (
             "import duckdb, json, sys; "
-            f"print(json.dumps(duckdb.connect('{WAREHOUSE}', read_only=True).execute(sys.argv[1]).fetchall()))"
+            f"print(json.dumps(duckdb.connect('{file}', read_only=True).execute(sys.argv[1]).fetchall()))"
         )
         return json.loads(self.host.check_output("docker exec dagster-code python -c %s %s", program, query))
 
@@ -103,15 +104,24 @@ def platform(host: Any) -> Platform:
     return Platform(host)
 
 
-@pytest.fixture
-def play(pytestconfig: pytest.Config) -> Callable[..., int]:
-    """Run site.yml on the host under test, with further arguments; gives how much it changed."""
-    inventory = Path(pytestconfig.getoption("ansible_inventory")).resolve()
+def environment() -> dict[str, str]:
+    """Give the environment that plays run in."""
+    return {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_ROLES_PATH": str(ROOT / "roles")}
 
-    def run(*arguments: str) -> int:
-        command = ["ansible-playbook", f"--inventory={inventory}", "playbooks/site.yml", *arguments]
-        environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+@pytest.fixture(scope="module")
+def inventory(pytestconfig: pytest.Config) -> str:
+    """The inventory of the host under test."""
+    return str(Path(pytestconfig.getoption("ansible_inventory")).resolve())
+
+
+@pytest.fixture(scope="module")
+def play(inventory: str) -> Callable[..., int]:
+    """Run a playbook on the host under test, with further arguments; gives how much it changed."""
+
+    def run(*arguments: str, playbook: str = "playbooks/site.yml") -> int:
+        command = ["ansible-playbook", f"--inventory={inventory}", playbook, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return sum(map(int, re.findall(r"changed=(\d+)", done.stdout)))
 

@@ -167,7 +167,7 @@ def test_images_hold_what_the_lock_says(host: Any) -> None:
 
 def test_images_are_those_of_the_platform_and_compiled(host: Any) -> None:
     listed = host.check_output("docker image ls --filter reference=data-platform/* --format '{{.Repository}}'").split()
-    assert set(listed) == {f"data-platform/{name}" for name in ("base", "code", "dagster", "postgres")}
+    assert set(listed) == {f"data-platform/{name}" for name in ("base", "code-core", "dagster", "postgres")}
     missing = host.check_output(
         "docker exec dagster-webserver sh -c 'cd /opt/dagster/lib/python3*/site-packages/dagster "
         '&& find . -name "*.py" | wc -l && find . -name "*.pyc" | wc -l\''

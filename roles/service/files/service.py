@@ -3,10 +3,15 @@
 
     container-unit prepare UNIT          before the container starts: clear the way and write down what it is made of
     container-unit ready UNIT COMMAND…   wait until COMMAND succeeds inside the container
-    container-unit converge [--check]    start each unit whose running container is not made of what the host now holds
+    container-unit reloaded UNIT         write down that the container has read its configuration again
+    container-unit converge [--check] UNIT…
+                                         bring the host to exactly these units, each with a container that is made of
+                                         what the host now holds
+    container-unit remove [--check]      remove all units, their containers and their networks
 
 A unit's file is the description of its container. Its section [X-Container], which systemd ignores, names the image,
-the network and the configuration files that the container reads.
+the network, the configuration files that the container reads when it starts, and those that it reads again when it is
+reloaded.
 """
 
 from __future__ import annotations
@@ -61,6 +66,7 @@ class Unit:
         self.image = container["Image"]
         self.network = container["Network"]
         self.config = [Path(word) for word in container.get("Config", "").split()]
+        self.reload = [Path(word) for word in container.get("Reload", "").split()]
 
     def made_of(self, image_id: str) -> str:
         """Digest of all that the container is made of: unit, image, configuration.
@@ -68,12 +74,22 @@ class Unit:
         Args:
             image_id: The image's ID, or an empty string where there is none.
         """
-        digest = hashlib.sha256(image_id.encode())
-        for path in (self.file, *self.config):
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file():
-                    digest.update(f"\0{file}\0".encode() + file.read_bytes())
-        return digest.hexdigest()
+        return digest(image_id, self.file, *self.config)
+
+    @property
+    def reloaded(self) -> Path:
+        """Where it stands which configuration the container has read again last."""
+        return RUNTIME / self.name / "reloaded"
+
+
+def digest(start: str, *paths: Path) -> str:
+    """Digest of ``start`` and of the files among and below ``paths``."""
+    content = hashlib.sha256(start.encode())
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                content.update(f"\0{file}\0".encode() + file.read_bytes())
+    return content.hexdigest()
 
 
 def image_ids(units: list[Unit]) -> dict[str, str]:
@@ -93,7 +109,7 @@ def prepare(unit: Unit) -> None:
     if unit.image not in ids:
         run("docker", "version")
         raise Failure(f"{unit.name} needs the image {unit.image}, which is not on this host: run the playbook again.")
-    run("docker", "rm", "--force", unit.name, check=False)
+    run("docker", "rm", "--force", "--volumes", unit.name, check=False)
     if run("docker", "network", "inspect", unit.network, check=False).returncode:
         created = run("docker", "network", "create", unit.network, check=False)
         if created.returncode and "already exists" not in created.stderr:
@@ -101,6 +117,12 @@ def prepare(unit: Unit) -> None:
     outdated = run("systemctl", "show", "--property=NeedDaemonReload", "--value", unit.name).stdout.strip() == "yes"
     made_of = "outdated-unit" if outdated else unit.made_of(ids[unit.image])
     (RUNTIME / unit.name / "labels").write_text(f"{LABEL}={made_of}\nobject_systemd_unit={unit.name}.service\n")
+    reloaded(unit)
+
+
+def reloaded(unit: Unit) -> None:
+    """Write down which configuration the container has read, of that which it reads again when reloaded."""
+    unit.reloaded.write_text(digest("", *unit.reload))
 
 
 def ready(unit: Unit, command: list[str], interval: float = 0.2) -> None:
@@ -121,11 +143,11 @@ def ready(unit: Unit, command: list[str], interval: float = 0.2) -> None:
         time.sleep(interval)
 
 
-def converge(units: list[Unit], check: bool) -> list[str]:
-    """Enable all ``units``, and start those whose running container is not made of what the host now holds.
+def converge(wanted: list[str], check: bool) -> list[str]:
+    """Bring the host to exactly the units ``wanted``, each with a container that is made of what the host now holds.
 
     Args:
-        units: The units of this host.
+        wanted: Names of the units that this host is to have.
         check: Only say what would be done.
 
     Returns:
@@ -134,6 +156,9 @@ def converge(units: list[Unit], check: bool) -> list[str]:
     Raises:
         Failure: A unit did not become ready.
     """
+    found = described()
+    units = [unit for unit in found if unit.name in wanted]
+    unwanted = [unit for unit in found if unit.name not in wanted]
     names = [unit.name for unit in units]
     running = {}
     form = '{{.Name}} {{.State.Running}} {{index .Config.Labels "' + LABEL + '"}}'
@@ -149,6 +174,13 @@ def converge(units: list[Unit], check: bool) -> list[str]:
         for unit, state in zip(units, active, strict=True)
         if state != "active" or running.get(unit.name) != unit.made_of(ids.get(unit.image, ""))
     ]
+    outdated = [
+        unit.name
+        for unit in units
+        if unit.reload
+        and unit.name not in stale
+        and (not unit.reloaded.exists() or unit.reloaded.read_text() != digest("", *unit.reload))
+    ]
     disabled = [name for name, state in zip(names, enabled, strict=True) if state != "enabled"]
     if (stale or disabled) and not check:
         run("systemctl", "daemon-reload")
@@ -159,7 +191,61 @@ def converge(units: list[Unit], check: bool) -> list[str]:
             failed = [name for name, state in zip(stale, states, strict=False) if state != "active"] or stale
             journal = run("journalctl", "--no-pager", "--lines=30", "--output=cat", *(f"--unit={n}" for n in failed))
             raise Failure(f"{', '.join(failed)} did not become ready; the last lines of the journal:\n{journal.stdout}")
-    return [f"restarted {name}" for name in stale] + [f"enabled {name}" for name in disabled if name not in stale]
+    if outdated and not check:
+        run("systemctl", "reload", *outdated)
+    return [
+        *(f"restarted {name}" for name in stale),
+        *(f"enabled {name}" for name in disabled if name not in stale),
+        *(f"reloaded {name}" for name in outdated),
+        *remove(unwanted, [], check),
+    ]
+
+
+def described() -> list[Unit]:
+    """The units of this host that run containers."""
+    return [Unit(file) for file in sorted(UNITS.glob("dagster-*.service")) if "[X-Container]" in file.read_text()]
+
+
+def remove(units: list[Unit], networks: list[str], check: bool) -> list[str]:
+    """Remove ``units`` with their containers; their files last, so that a run that was killed is finished by the next.
+
+    Args:
+        units: Units of this host.
+        networks: Networks that nothing uses without them.
+        check: Only say what would be done.
+
+    Returns:
+        What was done, a line for each unit.
+
+    Raises:
+        Failure: A unit did not stop, or others use a network.
+    """
+    if units and not check:
+        run("systemctl", "disable", "--now", "--quiet", *(unit.name for unit in units))
+        run("systemctl", "reset-failed", *(unit.name for unit in units), check=False)
+        for network in networks:
+            if run("docker", "network", "inspect", network, check=False).returncode == 0:
+                run("docker", "network", "rm", network)
+        for unit in units:
+            unit.file.unlink()
+        run("systemctl", "daemon-reload")
+    return [f"removed {unit.name}" for unit in units]
+
+
+def remove_all(check: bool) -> list[str]:
+    """Remove all units, their containers and their networks.
+
+    Args:
+        check: Only say what would be done.
+
+    Returns:
+        What was done, a line for each unit.
+
+    Raises:
+        Failure: A unit did not stop, or others use a network.
+    """
+    units = described()
+    return remove(units, sorted({unit.network for unit in units}), check)
 
 
 def main(arguments: list[str]) -> int:
@@ -170,16 +256,22 @@ def main(arguments: list[str]) -> int:
     waiting = commands.add_parser("ready")
     waiting.add_argument("unit")
     waiting.add_argument("check", nargs=argparse.REMAINDER)
-    commands.add_parser("converge").add_argument("--check", action="store_true")
+    commands.add_parser("reloaded").add_argument("unit")
+    converging = commands.add_parser("converge")
+    converging.add_argument("--check", action="store_true")
+    converging.add_argument("units", nargs="+")
+    commands.add_parser("remove").add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     try:
         if options.command == "prepare":
             prepare(Unit(UNITS / f"{options.unit}.service"))
         elif options.command == "ready":
             ready(Unit(UNITS / f"{options.unit}.service"), options.check)
+        elif options.command == "reloaded":
+            reloaded(Unit(UNITS / f"{options.unit}.service"))
         else:
-            files = [file for file in UNITS.glob("dagster-*.service") if "[X-Container]" in file.read_text()]
-            for line in converge([Unit(file) for file in sorted(files)], options.check):
+            check = options.check
+            for line in converge(options.units, check) if options.command == "converge" else remove_all(check):
                 print(line)
     except Failure as failure:
         print(failure, file=sys.stderr)

@@ -8,19 +8,27 @@ from data_platform.resources import DUCKDB_POOL, Warehouse
 
 SMOKE_TAG = "data_platform/smoke"
 
+LANDING = dg.AssetSelection.groups("landing")
+
 everything = dg.define_asset_job(
     "everything",
-    selection=dg.AssetSelection.all(),
+    selection=dg.AssetSelection.all() - LANDING,
     description=(
-        "Materialises every asset. One partition loads one month; the run tags dagster/asset_partition_range_start and "
-        "dagster/asset_partition_range_end load a range of months in one run."
+        "Materialises every asset but the landing folder's. One partition loads one month; the run tags "
+        "dagster/asset_partition_range_start and dagster/asset_partition_range_end load a range of months in one run."
     ),
 )
 
 refresh_marts = dg.define_asset_job(
     "refresh_marts",
-    selection=dg.AssetSelection.all() - dg.AssetSelection.assets(["raw", "flights"]),
+    selection=dg.AssetSelection.all() - LANDING - dg.AssetSelection.assets(["raw", "flights"]),
     description="Reloads the reference tables and rebuilds models and reports from the flights already ingested.",
+)
+
+land_files = dg.define_asset_job(
+    "land_files",
+    selection=LANDING,
+    description="Loads what waits in the landing folder; the sensor landing_folder launches it when something does.",
 )
 
 

@@ -5,6 +5,7 @@
 | `DATA_PLATFORM_WAREHOUSE`     | DuckDB file; dbt expects it to be named `warehouse.*`| `warehouse.duckdb` in `/tmp` |
 | `DATA_PLATFORM_DUCKDB_MEMORY` | memory limit of each DuckDB process, e.g. `1GB`      | `1GB`                        |
 | `DATA_PLATFORM_SCRATCH`       | writable directory for spills and dbt's run artifacts| the system's temp directory  |
+| `DATA_PLATFORM_LANDING`       | directory that files to be loaded are dropped in     | `landing` in `/tmp`          |
 
 `profiles.yml` reads the same variables. The code tree may be read-only: the dbt project is parsed at image build, and
 every dbt run writes to a directory of its own under scratch. If the image is built with the run-time values of these
@@ -29,6 +30,7 @@ DUCKDB_POOL = "duckdb"
 os.environ.setdefault("DATA_PLATFORM_WAREHOUSE", str(Path(tempfile.gettempdir(), "warehouse.duckdb")))
 os.environ.setdefault("DATA_PLATFORM_DUCKDB_MEMORY", "1GB")
 os.environ.setdefault("DATA_PLATFORM_SCRATCH", tempfile.gettempdir())
+os.environ.setdefault("DATA_PLATFORM_LANDING", str(Path(tempfile.gettempdir(), "landing")))
 
 
 class WarehouseError(RuntimeError):
@@ -64,6 +66,18 @@ class Warehouse(dg.ConfigurableResource):
             ) from error
         with connection:
             yield connection
+
+
+class Landing(dg.ConfigurableResource):
+    """The directory that people drop files in, which `data_platform.landing` describes."""
+
+    path: str
+
+    def folder(self) -> Path:
+        """Return the directory; it is made where it is missing, as in a development checkout."""
+        folder = Path(self.path)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
 
 class Dbt(DbtCliResource):
@@ -115,5 +129,6 @@ RESOURCES = {
         memory_limit=dg.EnvVar("DATA_PLATFORM_DUCKDB_MEMORY"),
         scratch=dg.EnvVar("DATA_PLATFORM_SCRATCH"),
     ),
+    "landing": Landing(path=dg.EnvVar("DATA_PLATFORM_LANDING")),
     "dbt": Dbt(project_dir=dbt_project),
 }

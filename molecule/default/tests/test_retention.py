@@ -1,0 +1,78 @@
+"""Old images go: all but the one of now, the one before, and those that a container or an unfinished run names."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, Platform
+
+CODE = "data-platform/code-core"
+SLOTS = 'mutation($count: Int!) { setConcurrencyLimit(concurrencyKey: "duckdb", limit: $count) }'
+
+
+def tags(host: Any, repository: str) -> dict[str, str]:
+    """Give the IDs of a repository's images by tag."""
+    listed = host.check_output(f"docker image ls --no-trunc --format '{{{{.Tag}}}} {{{{.ID}}}}' {repository}")
+    return dict(line.split() for line in listed.splitlines())
+
+
+@pytest.fixture
+def ship(play: Callable[..., int], tmp_path: Path) -> Callable[[str], int]:
+    """Ship a copy of the code with one more, empty file of this name."""
+    (core,) = yaml.safe_load((ROOT / "roles/dagster/defaults/main.yml").read_text())["dagster_code_locations"]
+
+    def run(name: str) -> int:
+        shutil.copytree(ROOT / core["source"], tmp_path / name, ignore=shutil.ignore_patterns("target", "__pycache__"))
+        (tmp_path / name / f"{name}.txt").touch()
+        location = core | {"source": str(tmp_path / name)}
+        return play("--extra-vars", json.dumps({"dagster_code_locations": [location]}))
+
+    return run
+
+
+@pytest.fixture
+def slots(platform: Platform) -> Iterator[Callable[[int], object]]:
+    """Set how many slots the pool has that smoke wants; with none, its runs stay queued."""
+    yield lambda count: platform.graphql(SLOTS, count=count)
+    platform.graphql('mutation { deleteConcurrencyLimit(concurrencyKey: "duckdb") }')
+
+
+def test_only_what_something_needs_stays(
+    host: Any,
+    platform: Platform,
+    play: Callable[..., int],
+    ship: Callable[[str], int],
+    slots: Callable[[int], object],
+) -> None:
+    shared = tags(host, "data-platform/dagster")
+    first = tags(host, CODE)["current"]
+    host.check_output(f"docker create --name stopped {CODE}:current true")
+
+    ship("second")
+    second = tags(host, CODE)["current"]
+    assert tags(host, CODE)["previous"] == first != second
+    slots(0)
+    queued = platform.launch("smoke")
+
+    ship("third")
+    third = tags(host, CODE)["current"]
+    assert tags(host, CODE)["previous"] == second
+    assert first in tags(host, CODE).values(), "a stopped container names it"
+
+    play()
+    found = tags(host, CODE)
+    assert (found["current"], found["previous"]) == (first, third)
+    assert second in found.values(), "a queued run names it"
+
+    slots(1)
+    assert platform.finished(queued) == "SUCCESS"
+    host.check_output("docker rm stopped")
+    now = "$(docker image ls --filter reference=data-platform/*:current --format '{{.Repository}}:{{.Tag}}')"
+    removed = host.check_output(f"/usr/local/lib/data-platform/retention.py {now}").splitlines()
+    assert [line.split(":")[0] for line in removed] == [f"removed {CODE}"]
+    assert set(tags(host, CODE).values()) == {first, third}
+    assert tags(host, "data-platform/dagster") == shared

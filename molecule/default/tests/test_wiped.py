@@ -1,0 +1,140 @@
+"""Last of all: the platform is taken off, and comes back with its data, though plays are killed on the way."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from conftest import ROOT, SERVICES, WAREHOUSE, Platform, environment
+
+STATE = """
+docker image ls --filter reference=data-platform/*:current --format '{{.Repository}}' | sort
+docker container ls --all --format '{{.Names}} {{.Image}} {{.State}}' | sort
+docker info --format '{{json .Labels}}'
+docker network ls --format '{{.Name}}' | sort
+systemctl list-unit-files --state=enabled --plain --no-legend | sort
+systemctl --failed --plain --no-legend
+dpkg-query --show --showformat '${Package} ${db:Status-Abbrev}\\n' | sort
+find /etc/data-platform /etc/docker /usr/local -printf '%p %M %U %G\\n' | sort
+find /var/lib/data-platform -maxdepth 1 -printf '%p %M %U %G\\n' | sort
+cd /etc; find data-platform docker systemd/system -type f | sort | xargs sha256sum
+find /var/tmp /tmp -name 'data-platform*'
+"""
+RUNS = "select count(*) from runs"
+ROWS = "select count(*) from platform.smoke"
+
+KILLS = [
+    ("docker : Install the packages", 2.0, True),
+    ("images : Build the root file system", 4.0, True),
+    ("images : Import it", 0.3, False),
+    ("images : Build the last", 8.0, False),
+    ("postgres : Hand it to the clients", 0.0, False),
+    ("dagster : Configure Dagster", 1.0, True),
+    ("service : Remove services that are no longer described", 3.0, True),
+]
+"""Name of the task, seconds into it, and whether what it runs on the host is killed as well (a lost connection);
+otherwise Ansible's worker, and what it runs on the host, go on to the end of their task."""
+
+
+@pytest.fixture
+def kill(inventory: str, host: Any) -> Callable[..., None]:
+    """Start a play, and kill it some seconds into a task."""
+
+    def run(task: str, seconds: float, lost: bool, *arguments: str) -> None:
+        process = subprocess.Popen(
+            ["ansible-playbook", f"--inventory={inventory}", "playbooks/site.yml", *arguments],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout
+        output = ""
+        while f"TASK [{task}" not in (line := process.stdout.readline()):
+            output += line
+            assert line, f"The play ended before '{task}':\n{output}"
+        time.sleep(seconds)
+        assert process.poll() is None, f"The play ended before it was killed in '{task}'."
+        os.kill(process.pid, signal.SIGKILL)
+        if lost:
+            subprocess.run(["pkill", "-KILL", "-f", f"ansible-playbook --inventory={inventory}"], check=False)
+            host.run("pkill -KILL -f 'python3|apt-get|mmdebstrap|dpkg'")
+        process.communicate()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def state(host: Any) -> Iterator[Callable[[], str]]:
+    """Describe the host."""
+    yield lambda: host.check_output("bash -c %s", STATE)
+
+
+def containers(host: Any) -> dict[str, str]:
+    """Give the IDs of the services' containers."""
+    return {name: host.check_output("docker inspect --format '{{.Id}}' %s", name) for name in SERVICES}
+
+
+def test_change_killed_before_its_restart_reaches_the_services(
+    host: Any, play: Callable[..., int], kill: Callable[..., None]
+) -> None:
+    changed = ["--extra-vars", '{"dagster_config": {"concurrency": {"runs": {"max_concurrent_runs": 7}}}}']
+    running = containers(host)
+    kill("service : Make a directory", 0.0, True, *changed)
+    assert play(*changed) > 0
+    after = containers(host)
+    assert {name for name in SERVICES if after[name] != running[name]} == set(SERVICES) - {"dagster-postgres"}
+
+
+def test_engine_settings_killed_before_their_restart_reach_the_engine(
+    host: Any, play: Callable[..., int], kill: Callable[..., None]
+) -> None:
+    changed = ["--extra-vars", '{"docker_daemon_options": {"log-driver": "local", "debug": true}}']
+    kill("docker : Look for the packages", 0.0, True, *changed)
+    play(*changed)
+    assert host.check_output("docker info --format '{{.Debug}}'") == "true"
+    play()
+    assert host.check_output("docker info --format '{{.Debug}}'") == "false"
+
+
+def test_configuration_edited_by_hand_is_put_right_and_reloaded(
+    host: Any, play: Callable[..., int], state: Callable[[], str]
+) -> None:
+    before = state()
+    host.check_output("sed -i 's/granularity: op/granularity: run/' /etc/data-platform/dagster/dagster.yaml")
+    host.check_output("systemctl restart dagster-daemon")
+    assert play() > 0
+    assert state() == before
+
+
+def test_platform_that_is_taken_off_comes_back_with_its_data_though_plays_are_killed(
+    host: Any, platform: Platform, play: Callable[..., int], kill: Callable[..., None], state: Callable[[], str]
+) -> None:
+    assert platform.finished(platform.launch("smoke")) == "SUCCESS"
+    before, runs, rows = state(), platform.postgres(RUNS), platform.duckdb(ROWS)
+
+    assert play(playbook="playbooks/remove.yml") > 0
+    assert play(playbook="playbooks/remove.yml") == 0
+    assert host.check_output("docker ps --all --quiet; docker image ls --quiet; docker volume ls --quiet") == ""
+    assert host.run("ls /etc/systemd/system /usr/local/bin | grep -E 'dagster|data-platform'").stdout == ""
+    assert host.check_output("find /etc/data-platform -type f") == "/etc/data-platform/secrets/postgres"
+    assert host.file(WAREHOUSE).is_file
+
+    host.check_output("apt-get purge --quiet --yes --autoremove docker.io && rm -rf /etc/docker /var/lib/docker/*")
+    for task, seconds, lost in KILLS:
+        kill(task, seconds, lost)
+    play()
+    assert state() == before
+    assert (platform.postgres(RUNS), platform.duckdb(ROWS)) == (runs, rows)
+    assert play() == 0
+
+
+def test_data_go_when_that_is_said(host: Any, play: Callable[..., int]) -> None:
+    assert play("--extra-vars=remove_data=true", playbook="playbooks/remove.yml") > 0
+    assert host.run("ls -d /var/lib/data-platform /etc/data-platform").stdout == ""

@@ -1,0 +1,79 @@
+"""Dagster's daemon, which reads its workspace again when it is asked to.
+
+By itself it does so once a minute, and a run of a code location that was added since then fails.
+
+Run as ``python -m data_platform_runtime.daemon run ARGUMENT…`` instead of ``dagster-daemon run``, and in the same
+container as ``python -m data_platform_runtime.daemon reload``: exits with 0 once the daemon has read the workspace.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+TIMEOUT = 60.0
+"""Seconds that reading may take."""
+
+INTERVAL = 1
+"""Seconds between two looks whether the daemon was asked to."""
+
+ASKED = Path("/tmp/reload-workspace")
+"""There from the time that the daemon is asked to read until it has read."""
+
+
+def run(arguments: list[str]) -> None:
+    """Be the daemon with the command line ``arguments``."""
+    from dagster._daemon import cli, controller
+
+    class Controller(controller.DagsterDaemonController):
+        """The daemon's main loop, whose minute is over when it is asked to read."""
+
+        def check_workspace_freshness(self, last_workspace_update_time: float) -> float:
+            """Read the workspace if it is time; give the time, in seconds since the epoch, when it was last read."""
+            asked = ASKED.exists()
+            last = last_workspace_update_time
+            if asked:
+                last = min(last, time.time() - controller.RELOAD_WORKSPACE_INTERVAL - 1)
+            read = super().check_workspace_freshness(last)
+            if asked and read > last:
+                ASKED.unlink()
+            return read
+
+    controller.DagsterDaemonController = Controller
+    controller.THREAD_CHECK_INTERVAL = INTERVAL
+    cli.cli(["run", *arguments], obj={})
+
+
+def reload() -> None:
+    """Ask the daemon in this container to read its workspace, and wait until it has.
+
+    Raises:
+        RuntimeError: It has not in time.
+    """
+    ASKED.touch()
+    deadline = time.monotonic() + TIMEOUT
+    while ASKED.exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the daemon has not read its workspace within {TIMEOUT:.0f} s")
+        time.sleep(0.1)
+
+
+def main(arguments: list[str]) -> int:
+    """Do what ``arguments`` say; give the exit status."""
+    if arguments[:1] == ["run"]:
+        run(arguments[1:])
+    elif arguments == ["reload"]:
+        try:
+            reload()
+        except RuntimeError as reason:
+            print(f"The workspace was not read again: {reason}.", file=sys.stderr)
+            return 1
+    else:
+        print("usage: python -m data_platform_runtime.daemon run ARGUMENT…|reload", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

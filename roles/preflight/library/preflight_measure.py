@@ -1,0 +1,142 @@
+#!/usr/bin/python
+"""Module ``preflight_measure``: what decides whether a host is fit, measured without changing it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = """
+module: preflight_measure
+short_description: Measures what decides whether a host is fit
+description: Reads only, and so does the same in check mode.
+options:
+  bind:
+    description: Address that the UI is to listen on.
+    type: str
+    required: true
+  port:
+    description: Port that it is to listen on; what is no number is not tried.
+    type: str
+    required: true
+"""
+
+RETURN = """
+memory:
+  description: MiB of memory in all.
+  type: int
+disk:
+  description: The directory for data or images with the least free space, C(path), and its MiB, C(free).
+  type: dict
+installed:
+  description: Whether the platform's configuration is there.
+  type: bool
+packages:
+  description: Installed packages of a Docker engine, Debian's or Docker's own.
+  type: list
+foreign_settings:
+  description: Whether the engine has settings that are not the platform's.
+  type: bool
+listen_error:
+  description: Why the UI could not listen there, with the holder of the port where it can be known; empty if it could.
+  type: str
+"""
+
+STORES = (Path("/var/lib"), Path("/var/lib/docker"), Path("/var/lib/data-platform"))
+SETTINGS = Path("/etc/docker/daemon.json")
+PACKAGES = ("docker.io", "containerd", "docker-ce", "containerd.io")
+
+
+def memory() -> int:
+    """Give the MiB of memory that the host has in all."""
+    return int(re.search(r"^MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)[1]) // 1024
+
+
+def disk(stores: tuple[Path, ...] = STORES) -> dict[str, str | int]:
+    """Give the one of ``stores`` that has the least free space, as ``path``, and its MiB, as ``free``."""
+    mebibytes = {str(path): os.statvfs(path) for path in stores if path.is_dir()}
+    free = {path: found.f_bavail * found.f_frsize // 2**20 for path, found in mebibytes.items()}
+    path = min(free, key=free.get)
+    return {"path": path, "free": free[path]}
+
+
+def output(*command: str) -> str:
+    """Give what a command prints; nothing if there is no such command, or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return ""
+
+
+def packages() -> list[str]:
+    """Give the installed packages of a Docker engine, Debian's or Docker's own."""
+    listed = output("dpkg-query", "--show", "--showformat=${db:Status-Abbrev} ${Package}\n", *PACKAGES)
+    return [line.split()[1] for line in listed.splitlines() if line.startswith("ii")]
+
+
+def holder(port: int) -> str | None:
+    """Name what listens on a port of the host; None if it is the platform itself."""
+    form = '{{.Names}} {{.Label "data-platform.made-of"}}'
+    containers = output("docker", "container", "ls", "--filter", f"publish={port}", "--format", form).splitlines()
+    if any(len(line.split()) == 2 for line in containers):
+        return None
+    if containers:
+        return f"container {containers[0].strip()}"
+    listening = output("ss", "--tcp", "--listening", "--numeric", "--processes", "--no-header", f"sport = :{port}")
+    found = re.search(r'\(\("(.+?)",pid=(\d+)', listening)
+    return f"{found[1]} (process {found[2]})" if found else "another process"
+
+
+def listen_error(bind: str, port: str) -> str:
+    """Say why the UI could not listen on an address and port of the host; empty if it could, or does.
+
+    Args:
+        bind: An IP address, in brackets if it is of version 6; empty means all.
+        port: A number; anything else is not tried.
+    """
+    if not port.isdigit():
+        return ""
+    if int(port) not in range(1, 2**16):
+        return "there is no such port"
+    try:
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+            bind.strip("[]") or "0.0.0.0", int(port), type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+        )
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if isinstance(error, socket.gaierror):
+            return "it is not an IP address"
+        if error.errno == errno.EADDRNOTAVAIL:
+            return "the host has no such address"
+        if error.errno != errno.EADDRINUSE:
+            return error.strerror
+        held = holder(int(port))
+        return f"{held} listens there" if held else ""
+    return ""
+
+
+def main() -> None:
+    """Entry point for Ansible."""
+    options = {"bind": {"type": "str", "required": True}, "port": {"type": "str", "required": True}}
+    module = AnsibleModule(options, supports_check_mode=True)
+    module.exit_json(
+        changed=False,
+        memory=memory(),
+        disk=disk(),
+        installed=Path("/etc/data-platform").exists(),
+        packages=packages(),
+        foreign_settings=SETTINGS.exists() and "data-platform.options=" not in SETTINGS.read_text(),
+        listen_error=listen_error(module.params["bind"], module.params["port"]),
+    )
+
+
+if __name__ == "__main__":
+    main()
