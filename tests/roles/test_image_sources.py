@@ -47,14 +47,21 @@ PLAY = [
         "tasks": [
             {"ansible.builtin.setup": {"gather_subset": ["!all", "!min", "platform"]}},
             {
-                "block": [{"ansible.builtin.include_role": {"name": "images"}}],
-                "environment": {"PATH": "{{ tools_of_host }}"},
+                "block": [
+                    {
+                        "ansible.builtin.include_role": {"name": "images", "tasks_from": "controller"},
+                        "when": "tools is defined",
+                    },
+                    {"ansible.builtin.include_role": {"name": "images"}},
+                ],
+                "environment": {"PATH": "/nowhere"},
+                "vars": {"names": ["{{ images_base }}", "{{ images_dagster }}", "{{ images_postgres }}"]},
                 "rescue": [
                     {
                         "ansible.builtin.copy": {
                             "dest": "{{ playbook_dir }}/{{ inventory_hostname }}.json",
                             "content": {
-                                "names": ["{{ images_base }}", "{{ images_dagster }}", "{{ images_postgres }}"],
+                                "names": "{{ names | map('default', '') }}",
                                 "said": "{{ ansible_failed_result | to_json }}",
                             },
                         }
@@ -82,9 +89,9 @@ def tools(folder: Path, changed: dict[str, str | None]) -> str:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What role images comes to for each host."""
     folder = tmp_path_factory.mktemp("sources")
-    hosts = {name: variables | {"tools_of_host": "/nowhere", "tools": "/nowhere"} for name, variables in NAMES.items()}
-    host = {"images_source": "archive", "tools_of_host": tools(folder / "bin", {})}
-    hosts |= {name: host | {"tools": tools(folder / f"bin-{name}", case[0])} for name, case in CONTROLLERS.items()}
+    archive = {"images_source": "archive"}
+    controllers = {name: archive | {"tools": tools(folder / name, case[0])} for name, case in CONTROLLERS.items()}
+    hosts = NAMES | controllers
     connection = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
     (folder / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": hosts, "vars": connection}}))
     (folder / "play.yml").write_text(yaml.safe_dump(PLAY))

@@ -253,6 +253,11 @@ def test_the_fullest_directory_is_the_one_that_counts(tmp_path: Path) -> None:
     assert measure.disk((tmp_path, tmp_path / "missing", Path("/proc"))) == {"path": "/proc", "free": 0}
 
 
+def test_users_that_the_host_does_not_know_are_found() -> None:
+    assert measure.unknown(["root", "nobody-of-this-name", "--help", ""]) == ["nobody-of-this-name", "--help", ""]
+    assert measure.unknown([]) == []
+
+
 class Answer(BaseHTTPRequestHandler):
     """Answers as a package index that wants a password, and has the package uv only."""
 

@@ -36,9 +36,12 @@ Image=some/image:1
 Network=net
 Config={config}
 Reload={reload}
+User={user}
+Data={data}
 """
 IMAGES = '["some/image:1"] sha256:aaa\n'
 NAMES = ["dagster-a", "dagster-b", "dagster-c"]
+USER = 4321
 
 
 class Machine:
@@ -51,6 +54,7 @@ class Machine:
         """Make the host below ``root``, where all is as it should be."""
         self.tools, self.units, self.program = root / "bin", root / "units", program
         self.config, self.workspace, self.runtime = root / "config", root / "workspace", root / "run"
+        self.state = root / "state"
         for folder in (self.tools, self.units, self.config, self.workspace, *(self.runtime / name for name in NAMES)):
             folder.mkdir(parents=True)
         for tool in ("docker", "systemctl", "journalctl"):
@@ -71,7 +75,8 @@ class Machine:
     def add(self, name: str, reload: Path | str = "") -> Path:
         """Put a unit on the host."""
         file = self.units / f"{name}.service"
-        file.write_text(UNIT.format(name=name, config=self.config, reload=reload))
+        data = f"{self.state}/own {self.state}/disk {self.state}/shared"
+        file.write_text(UNIT.format(name=name, config=self.config, reload=reload, user=USER, data=data))
         return file
 
     @property
@@ -130,6 +135,7 @@ def test_unit_says_what_its_container_is(machine: Machine) -> None:
     unit = machine.unit()
     assert (unit.name, unit.image, unit.network) == ("dagster-a", "some/image:1", "net")
     assert (unit.config, unit.reload) == ([machine.config], [machine.workspace])
+    assert (unit.user, [path.name for path in unit.data]) == (USER, ["own", "disk", "shared"])
     assert machine.unit("dagster-b").reload == []
 
 
@@ -185,6 +191,24 @@ def test_prepare_clears_the_way_and_writes_down_what_is_started(machine: Machine
         f"data-platform.made-of={machine.made_of()}",
         "object_systemd_unit=dagster-a.service",
     ]
+
+
+def test_prepare_makes_the_directories_that_the_container_writes_to(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners = {machine.state / "own": 0, machine.state / "disk": 0, machine.state / "shared": 77}
+    for name in ("disk", "shared"):
+        (machine.state / name).mkdir(parents=True, mode=0o755)
+    monkeypatch.setattr(machine.program, "owner", owners.get)
+    monkeypatch.setattr(machine.program.os, "chown", lambda path, user, group: owners.update({path: (user, group)}))
+    assert machine.program.main(["prepare", "dagster-a"]) == 0
+    assert {path.name: owner for path, owner in owners.items()} == {
+        "own": (USER, USER),
+        "disk": (USER, USER),
+        "shared": 77,
+    }
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in owners}
+    assert modes == {"own": "0o700", "disk": "0o755", "shared": "0o755"}
 
 
 def test_prepare_writes_down_what_need_not_be_read_again(machine: Machine) -> None:

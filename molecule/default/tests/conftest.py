@@ -117,12 +117,13 @@ def inventory(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture(scope="module")
 def play(inventory: str) -> Callable[..., int]:
-    """Run a playbook on the host under test, with further arguments; gives how much it changed."""
+    """Run a playbook on the host under test, with further arguments; prints its output, gives how much it changed."""
 
     def run(*arguments: str, playbook: str = "playbooks/site.yml") -> int:
         command = ["ansible-playbook", f"--inventory={inventory}", playbook, *arguments]
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+        print(done.stdout)
         return sum(map(int, re.findall(r"changed=(\d+)", done.stdout)))
 
     return run

@@ -122,8 +122,8 @@ def test_container_is_contained(host: Any, name: str) -> None:
         ("/etc/data-platform/dagster/dagster.yaml", 0o644, 0),
         ("/etc/data-platform/workspace/workspace.yaml", 0o644, 0),
         ("/var/lib/data-platform/postgres", 0o700, 10002),
-        ("/var/lib/data-platform/warehouse", 0o750, 10001),
-        ("/var/lib/data-platform/compute-logs", 0o750, 10001),
+        ("/var/lib/data-platform/warehouse", 0o700, 10001),
+        ("/var/lib/data-platform/compute-logs", 0o700, 10001),
         ("/etc/systemd/system/dagster-webserver.service", 0o644, 0),
     ],
 )

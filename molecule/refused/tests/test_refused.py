@@ -79,6 +79,8 @@ docker_daemon_options:
 images_ca_bundle: /etc/hostname
 images_apt_sources: ["{NOWHERE}"]
 images_package_index: https://user:{SECRET}@nowhere.invalid/python
+landing_members: [daemon, alcie]
+tools_members: [bbo, "--", alcie]
 """
 NOT_BOOTED = r"The host's first process is sleep: boot it with systemd\."
 
@@ -115,6 +117,8 @@ HOSTS = {
             r"/var/lib/docker has 64 MiB free: make it 6000 \(preflight_disk\)\.",
             r"/etc/docker/daemon\.json is somebody else's: move its settings to docker_daemon_options, .*",
             r"The UI cannot listen on 127\.0\.0\.1:3001, because python3 \(process \d+\) listens there: free it, or .*",
+            r"landing_members names alcie, whom the host does not know: add the user there, or correct the name\.",
+            r"tools_members names bbo, --, alcie, whom the host does not know: .*",
             rf"The host's own apt fails \({CONNECTION}\): correct /etc/apt/sources\.list or .*",
             rf"apt cannot use the sources of the images \({CONNECTION}\): correct images_apt_sources or .*",
             r"The host cannot use the package index https://nowhere\.invalid/python \(.+\): correct .*",

@@ -25,6 +25,11 @@ options:
     description: Port that it is to listen on; what is no number is not tried.
     type: str
     required: true
+  users:
+    description: Names that the host is to know.
+    type: list
+    elements: str
+    default: []
 """
 
 RETURN = """
@@ -43,6 +48,9 @@ packages:
 foreign_settings:
   description: Whether the engine has settings that are not the platform's.
   type: bool
+unknown_users:
+  description: Those of the given users that there are not.
+  type: list
 listen_error:
   description: Why the UI could not listen there, with the holder of the port where it can be known; empty if it could.
   type: str
@@ -78,6 +86,11 @@ def packages() -> list[str]:
     """Give the installed packages of a Docker engine, Debian's or Docker's own."""
     listed = output("dpkg-query", "--show", "--showformat=${db:Status-Abbrev} ${Package}\n", *PACKAGES)
     return [line.split()[1] for line in listed.splitlines() if line.startswith("ii")]
+
+
+def unknown(users: list[str]) -> list[str]:
+    """Give those of the ``users`` that the host does not know, from whatever source it takes users."""
+    return [user for user in users if not output("getent", "passwd", "--", user)]
 
 
 def holder(port: int) -> str | None:
@@ -125,7 +138,11 @@ def listen_error(bind: str, port: str) -> str:
 
 def main() -> None:
     """Entry point for Ansible."""
-    options = {"bind": {"type": "str", "required": True}, "port": {"type": "str", "required": True}}
+    options = {
+        "bind": {"type": "str", "required": True},
+        "port": {"type": "str", "required": True},
+        "users": {"type": "list", "elements": "str", "default": []},
+    }
     module = AnsibleModule(options, supports_check_mode=True)
     module.exit_json(
         changed=False,
@@ -134,6 +151,7 @@ def main() -> None:
         installed=Path("/etc/data-platform").exists(),
         packages=packages(),
         foreign_settings=SETTINGS.exists() and "data-platform.options=" not in SETTINGS.read_text(),
+        unknown_users=unknown(module.params["users"]),
         listen_error=listen_error(module.params["bind"], module.params["port"]),
     )
 

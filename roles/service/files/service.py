@@ -10,8 +10,8 @@
     container-unit remove [--check]      remove all units, their containers and their networks
 
 A unit's file is the description of its container. Its section [X-Container], which systemd ignores, names the image,
-the network, the configuration files that the container reads when it starts, and those that it reads again when it is
-reloaded.
+the network, the configuration files that the container reads when it starts, those that it reads again when it is
+reloaded, its user, and the directories that it writes to.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class Unit:
         self.network = container["Network"]
         self.config = [Path(word) for word in container.get("Config", "").split()]
         self.reload = [Path(word) for word in container.get("Reload", "").split()]
+        self.user = int(container["User"])
+        self.data = [Path(word) for word in container.get("Data", "").split()]
 
     def made_of(self, image_id: str) -> str:
         """Digest of all that the container is made of: unit, image, configuration.
@@ -114,10 +116,31 @@ def prepare(unit: Unit) -> None:
         created = run("docker", "network", "create", unit.network, check=False)
         if created.returncode and "already exists" not in created.stderr:
             raise Failure(f"The network {unit.network} cannot be made: {created.stderr.strip()}")
+    for path in unit.data:
+        provide(path, unit.user)
     outdated = run("systemctl", "show", "--property=NeedDaemonReload", "--value", unit.name).stdout.strip() == "yes"
     made_of = "outdated-unit" if outdated else unit.made_of(ids[unit.image])
     (RUNTIME / unit.name / "labels").write_text(f"{LABEL}={made_of}\nobject_systemd_unit={unit.name}.service\n")
     reloaded(unit)
+
+
+def provide(path: Path, user: int) -> None:
+    """Make a directory that a container writes to, where it is missing, and give one that is root's to its user.
+
+    A disk that was just mounted there is root's, and so is a directory that a killed start left.
+
+    Args:
+        path: The directory; its parents are root's.
+        user: User and group ID of the container.
+    """
+    path.mkdir(0o700, parents=True, exist_ok=True)
+    if owner(path) == 0:
+        os.chown(path, user, user)
+
+
+def owner(path: Path) -> int:
+    """ID of the user whom a file or directory belongs to."""
+    return path.stat().st_uid
 
 
 def reloaded(unit: Unit) -> None:
