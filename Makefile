@@ -12,7 +12,7 @@ LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-em
 DEV := $(CURDIR)/.dev
 DEV_PORT ?= 3002
 
-.PHONY: help up down shell dev test test-fast lint molecule lock venv
+.PHONY: help up down shell dev test test-all test-fast lint molecule lock venv
 
 help: ## This text
 	@echo "make <target>"; sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|'
@@ -39,6 +39,9 @@ dev: .venv-code/.complete ## Your pipelines on this machine, without containers:
 
 test: ## All checks: fast tests, lint, then Molecule on a host of its own
 	@for stage in test-fast lint molecule; do echo "== $$stage"; time $(MAKE) $$stage; done
+
+test-all: export DATA_PLATFORM_TESTS = slow or not slow
+test-all: test ## The same, with plays that are killed on the way: a quarter of an hour more
 
 test-fast: venv .venv-code/.complete ## Tests that need no host
 	@.venv-code/bin/python -m pytest -q tests/code

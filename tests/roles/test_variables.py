@@ -40,11 +40,7 @@ FUNCTIONS = {"dict", "lookup", "query"}
 PLACES = {"inventory_dir", "playbook_dir"}
 CONDITIONS = ("when", "that", "until", "failed_when", "changed_when")
 EMPTY = ("", None, [], {})
-NOT_OVERRIDDEN = {"service_network"}  # a name that shows only inside Docker
-OF_OTHER_SOURCES = {  # of packages and images; the scenario has one of each
-    "docker_packages_from",
-    "docker_repository",
-    "docker_repository_key",
+OF_ANOTHER_SOURCE = {  # of images; the scenario has one, and default's test_image_sources.py the other
     "images_registry_ca",
     "images_registry_image",
     "images_registry_password",
@@ -239,7 +235,7 @@ def test_scenario_ssh_overrides_all_that_a_user_may_set() -> None:
     offered = {name: option for role in roles for name, option in entry_points(role).get("main", {}).items()}
     of_choice = {name for name, option in offered.items() if len(option.get("choices", [0, 1])) > 1}
     overridden = load(ROOT / "molecule/ssh/inventory/group_vars/data_platform/overridden.yml")
-    assert of_choice - set(wiring()) - set(overridden) == NOT_OVERRIDDEN | OF_OTHER_SOURCES
+    assert of_choice - set(wiring()) - set(overridden) == OF_ANOTHER_SOURCE
     assert [name for name in set(overridden) & set(offered) if overridden[name] == offered[name].get("default")] == []
 
 

@@ -31,6 +31,11 @@ query($run: ID!) { runOrError(runId: $run) { ... on Run { status stats { ... on 
 """
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Say what the marker means."""
+    config.addinivalue_line("markers", "slow: left to make test-all")
+
+
 class Platform:
     """The platform under test, asked over GraphQL from its own host."""
 

@@ -69,6 +69,20 @@ shop:
     "money/dbt_project.yml": "name: money\n",
     "money/macros/in_full.sql": "{% macro in_full(column) %}{{ column }} / 100.0{% endmacro %}\n",
 }
+# A package that no public index has, in an index of its own: a directory that a web server lists.
+INDEX = """
+import zipfile
+from pathlib import Path
+folder = Path("/tmp/index/simple/shop-words")
+folder.mkdir(parents=True)
+metadata = "shop_words-1.0.dist-info"
+with zipfile.ZipFile(folder / "shop_words-1.0-py3-none-any.whl", "w") as wheel:
+    wheel.writestr("shop_words.py", "WORD = 'private'\\n")
+    wheel.writestr(f"{metadata}/METADATA", "Metadata-Version: 2.1\\nName: shop-words\\nVersion: 1.0\\n")
+    wheel.writestr(f"{metadata}/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+    wheel.writestr(f"{metadata}/RECORD", "")
+"""
+WORDS = "import dagster as dg\nfrom shop_words import WORD\n\ndefs = dg.Definitions(assets=[dg.AssetSpec(WORD)])\n"
 DUCKDB = "/var/lib/data-platform/warehouse/shop.duckdb"
 CORE = {
     "name": "core",
@@ -268,6 +282,27 @@ def test_requirements_that_conflict_with_the_shared_image_are_not_locked(
     assert not Path(inventory, "locks/conflict.txt").exists()
 
 
+@pytest.fixture
+def index(host: Any) -> Iterator[str]:
+    """The address of a package index, on the host."""
+    host.check_output("python3 -c %s", INDEX)
+    host.check_output("systemd-run --unit=index python3 -m http.server 8000 --directory /tmp/index")
+    yield f"http://{host.check_output('hostname --ip-address').split()[0]}:8000/simple"
+    host.check_output("systemctl stop index && rm -r /tmp/index")
+
+
+def test_requirements_come_from_the_package_index(
+    host: Any, shop: Shop, play: Callable[..., int], describe: Callable[..., str], index: str, tmp_path: Path
+) -> None:
+    (tmp_path / "words.py").write_text(WORDS)
+    words = {"name": "words", "source": str(tmp_path), "module": "words", "requirements": ["shop-words"]}
+    given = (describe(words), f"--extra-vars=images_package_index={index}")
+    play(*given, playbook="playbooks/lock.yml")
+    assert play(*given) > 0
+    program = "import shop_words; print(shop_words.WORD)"
+    assert host.check_output("docker exec dagster-code-words python -c %s", program) == "private"
+
+
 def test_location_that_is_taken_off_leaves_its_history(
     host: Any, platform: Platform, shop: Shop, run: str, play: Callable[..., int]
 ) -> None:
@@ -277,5 +312,4 @@ def test_location_that_is_taken_off_leaves_its_history(
     assert host.run("systemctl list-unit-files --no-legend 'dagster-code-*'").stdout == ""
     assert not host.file("/etc/data-platform/secrets/code/shop.json").exists
     assert platform.graphql(STATUS, run=run)["runOrError"]["status"] == "SUCCESS"
-    assert play() == 0
     host.check_output("rm %s", DUCKDB)

@@ -20,16 +20,22 @@ def tags(host: Any, repository: str) -> dict[str, str]:
     return dict(line.split() for line in listed.splitlines())
 
 
+def build_cache(host: Any) -> str:
+    """Give the size of what the build cache holds beside layers of images."""
+    sizes = host.check_output("docker system df --format '{{.Type}}={{.Size}}'").splitlines()
+    return dict(line.split("=") for line in sizes)["Build Cache"]
+
+
 @pytest.fixture
-def ship(play: Callable[..., int], tmp_path: Path) -> Callable[[str], int]:
-    """Ship a copy of the code with one more, empty file of this name."""
+def ship(play: Callable[..., int], tmp_path: Path) -> Callable[..., int]:
+    """Ship a copy of the code with one more, empty file of this name, and with variables."""
     (core,) = yaml.safe_load((ROOT / "roles/dagster/defaults/main.yml").read_text())["dagster_code_locations"]
 
-    def run(name: str) -> int:
+    def run(name: str, **variables: object) -> int:
         shutil.copytree(ROOT / core["source"], tmp_path / name, ignore=shutil.ignore_patterns("target", "__pycache__"))
         (tmp_path / name / f"{name}.txt").touch()
         location = core | {"source": str(tmp_path / name)}
-        return play("--extra-vars", json.dumps({"dagster_code_locations": [location]}))
+        return play("--extra-vars", json.dumps({"dagster_code_locations": [location], **variables}))
 
     return run
 
@@ -45,7 +51,7 @@ def test_only_what_something_needs_stays(
     host: Any,
     platform: Platform,
     play: Callable[..., int],
-    ship: Callable[[str], int],
+    ship: Callable[..., int],
     slots: Callable[[int], object],
 ) -> None:
     shared = tags(host, "data-platform/dagster")
@@ -58,7 +64,9 @@ def test_only_what_something_needs_stays(
     slots(0)
     queued = platform.launch("smoke")
 
-    ship("third")
+    assert build_cache(host) != "0B"
+    ship("third", retention_build_cache="0")
+    assert build_cache(host) == "0B"
     third = tags(host, CODE)["current"]
     assert tags(host, CODE)["previous"] == second
     assert first in tags(host, CODE).values(), "a stopped container names it"

@@ -1,4 +1,4 @@
-"""Last of all: the platform is taken off, and comes back with its data, though plays are killed on the way."""
+"""Last of all: the platform is taken off, and comes back with its data, even if plays are killed on the way."""
 
 import os
 import signal
@@ -81,6 +81,7 @@ def containers(host: Any) -> dict[str, str]:
     return {name: host.check_output("docker inspect --format '{{.Id}}' %s", name) for name in SERVICES}
 
 
+@pytest.mark.slow
 def test_change_killed_before_its_restart_reaches_the_services(
     host: Any, play: Callable[..., int], kill: Callable[..., None]
 ) -> None:
@@ -92,6 +93,7 @@ def test_change_killed_before_its_restart_reaches_the_services(
     assert {name for name in SERVICES if after[name] != running[name]} == set(SERVICES) - {"dagster-postgres"}
 
 
+@pytest.mark.slow
 def test_engine_settings_killed_before_their_restart_reach_the_engine(
     host: Any, play: Callable[..., int], kill: Callable[..., None]
 ) -> None:
@@ -113,8 +115,14 @@ def test_configuration_edited_by_hand_is_put_right_and_reloaded(
     assert state() == before
 
 
-def test_platform_that_is_taken_off_comes_back_with_its_data_though_plays_are_killed(
-    host: Any, platform: Platform, play: Callable[..., int], kill: Callable[..., None], state: Callable[[], str]
+@pytest.mark.parametrize("kills", [[], pytest.param(KILLS, marks=pytest.mark.slow)], ids=["undisturbed", "killed"])
+def test_platform_that_is_taken_off_comes_back_with_its_data(
+    host: Any,
+    platform: Platform,
+    play: Callable[..., int],
+    kill: Callable[..., None],
+    state: Callable[[], str],
+    kills: list[tuple[str, float, bool]],
 ) -> None:
     assert platform.finished(platform.launch("smoke")) == "SUCCESS"
     before, runs, rows = state(), platform.postgres(RUNS), platform.duckdb(ROWS)
@@ -126,8 +134,9 @@ def test_platform_that_is_taken_off_comes_back_with_its_data_though_plays_are_ki
     assert host.check_output("find /etc/data-platform -type f") == "/etc/data-platform/secrets/postgres"
     assert host.file(WAREHOUSE).is_file
 
-    host.check_output("apt-get purge --quiet --yes --autoremove docker.io && rm -rf /etc/docker /var/lib/docker/*")
-    for task, seconds, lost in KILLS:
+    if kills:
+        host.check_output("apt-get purge --quiet --yes --autoremove docker.io && rm -rf /etc/docker /var/lib/docker/*")
+    for task, seconds, lost in kills:
         kill(task, seconds, lost)
     play()
     assert state() == before

@@ -80,6 +80,8 @@ images_ca_bundle: /etc/hostname
 images_apt_sources: ["{NOWHERE}"]
 images_package_index: https://user:{SECRET}@nowhere.invalid/python
 landing_members: [daemon, alcie]
+preflight_disk: 7000
+preflight_memory: 2000
 tools_members: [bbo, "--", alcie]
 """
 NOT_BOOTED = r"The host's first process is sleep: boot it with systemd\."
@@ -113,8 +115,8 @@ HOSTS = {
             r"The code location core has no source: there is no directory \S+/nowhere\.",
             r"images_ca_bundle is /etc/hostname, which is no file with certificates .*: correct it\.",
             r"The host runs Debian 11: use Debian 12 or Debian 13\.",
-            r"The host has 1024 MiB of memory: give it 1800 \(preflight_memory\)\.",
-            r"/var/lib/docker has 64 MiB free: make it 6000 \(preflight_disk\)\.",
+            r"The host has 1024 MiB of memory: give it 2000 \(preflight_memory\)\.",
+            r"/var/lib/docker has 64 MiB free: make it 7000 \(preflight_disk\)\.",
             r"/etc/docker/daemon\.json is somebody else's: move its settings to docker_daemon_options, .*",
             r"The UI cannot listen on 127\.0\.0\.1:3001, because python3 \(process \d+\) listens there: free it, or .*",
             r"landing_members names alcie, whom the host does not know: add the user there, or correct the name\.",

@@ -77,6 +77,20 @@ def test_ui_listens_where_it_is_told_to(host: Any) -> None:
     assert not host.socket("tcp://127.0.0.1:3001").is_listening
 
 
+def test_engine_is_of_docker_s_own_packages_from_the_repository(host: Any) -> None:
+    policy = host.check_output("apt-cache policy docker-ce")
+    assert f"{OVERRIDDEN['docker_repository']}/debian bookworm/stable" in policy
+    installed = host.check_output(
+        "dpkg-query --show --showformat '${Package} ${db:Status-Abbrev}\n' 'docker*' 'containerd*'"
+    )
+    assert sorted(line.split()[0] for line in installed.splitlines() if " ii" in line) == [
+        "containerd.io",
+        "docker-buildx-plugin",
+        "docker-ce",
+        "docker-ce-cli",
+    ]
+
+
 def test_engine_runs_with_its_settings(host: Any) -> None:
     assert host.check_output("docker info --format '{{.Debug}} {{.LoggingDriver}}'") == "true local"
 
@@ -109,6 +123,11 @@ def test_files_belong_to_the_users_of_the_images(host: Any, path: str, uid: int)
 def test_containers_run_as_the_users_of_the_images(host: Any) -> None:
     assert [host.check_output("docker exec %s id --user", name) for name in SERVICES] == ["20002", *["20001"] * 4]
     assert not host.file("/etc/data-platform/secrets/pgpass").exists
+
+
+def test_containers_share_the_network(host: Any) -> None:
+    networks = [list(inspect(host, name)["NetworkSettings"]["Networks"]) for name in SERVICES]
+    assert networks == [[OVERRIDDEN["service_network"]]] * len(SERVICES)
 
 
 def test_images_have_the_sources_and_the_certificates(host: Any) -> None:
