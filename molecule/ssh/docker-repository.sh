@@ -33,5 +33,5 @@ fields=(Codename=bookworm Suite=bookworm Components=stable "Architectures=$archi
 apt-ftparchive "${fields[@]/#/-oAPT::FTPArchive::Release::}" release dists/bookworm > /srv/Release
 gpg --batch --passphrase '' --quick-generate-key repository@example.com
 gpg --batch --output dists/bookworm/InRelease --clearsign /srv/Release
-gpg --armor --export > gpg
+gpg --output gpg --armor --export
 systemd-run --unit=docker-repository python3 -m http.server 8000 --bind 127.0.0.1 --directory /srv
