@@ -71,7 +71,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     )
     (tmp_path / "docker").chmod(0o755)
     monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), os.environ["PATH"]]))
-    return tmp_path / "saved.tar.gz"
+    return tmp_path / "made" / "saved.tar.gz"
 
 
 def loaded(saved: Path, there: list[list[str]]) -> dict[str, list[str]]:

@@ -65,13 +65,14 @@ def save(path: Path, images: list[str], others: list[list[str]]) -> None:
     """Save ``images`` without what the other engine has.
 
     Args:
-        path: File to write.
+        path: File to write, in a directory that is made if it is missing.
         images: References.
         others: Digests of the layers of each image of the other engine.
 
     Raises:
         subprocess.CalledProcessError: Docker could not save them.
     """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     whole = path.with_name(f"{path.name}.whole")
     subprocess.run(["docker", "save", "--output", whole, *images], check=True)
     with tarfile.open(whole) as archive, tarfile.open(path, "w:gz", compresslevel=1) as result:
