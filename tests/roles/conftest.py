@@ -13,6 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
+SHARED_MODULES = {path.stem for path in (ROOT / "playbooks" / "library").glob("*.py")}
 WIRING = ROOT / "playbooks" / "group_vars" / "all"
 
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -33,12 +34,17 @@ class Task(NamedTuple):
     @property
     def module(self) -> str:
         """Its module, without the collection."""
-        return next((key.rsplit(".", 1)[1] for key in self.content if key.count(".") == 2), "")
+        return self._call[0].rsplit(".", 1)[-1]
 
     @property
     def arguments(self) -> Any:
         """What its module is given."""
-        return next((value for key, value in self.content.items() if key.count(".") == 2), None)
+        return self._call[1]
+
+    @property
+    def _call(self) -> tuple[str, Any]:
+        calls = (part for part in self.content.items() if part[0].count(".") == 2 or part[0] in SHARED_MODULES)
+        return next(calls, ("", None))
 
 
 def load(path: Path) -> Any:

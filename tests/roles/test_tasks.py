@@ -59,6 +59,7 @@ CONTENT = (
     "copy",
     "debug",
     "fail",
+    "host_files",
     "lineinfile",
     "replace",
     "set_fact",

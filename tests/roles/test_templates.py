@@ -113,13 +113,12 @@ def inventory() -> dict[str, Any]:
 
 
 def render(source: Path, target: str, **task: Any) -> dict[str, Any]:
-    return {
-        "ansible.builtin.template": {
-            "src": str(source),
-            "dest": f"{{{{ playbook_dir }}}}/{{{{ inventory_hostname }}}}/{target}",
-        },
-        **task,
-    }
+    return write(f"{{{{ lookup('ansible.builtin.template', '{source}') }}}}", target, **task)
+
+
+def write(content: str, target: str, **task: Any) -> dict[str, Any]:
+    dest = f"{{{{ playbook_dir }}}}/{{{{ inventory_hostname }}}}/{target}"
+    return {"ansible.builtin.copy": {"content": content, "dest": dest}, **task}
 
 
 def playbook() -> list[dict[str, Any]]:
@@ -130,14 +129,9 @@ def playbook() -> list[dict[str, Any]]:
     for include in (task for role in ROLES for task in role_tasks(role) if task.module == "include_role"):
         handed = {name: include.content[name] for name in ("vars", "loop", "loop_control") if name in include.content}
         tasks.append(render(unit, "{{ service_name }}.service", **handed))
-    secrets = next(task for task in role_tasks("code_location") if "code_location_secrets[" in str(task.arguments))
-    contents = [
-        ("secrets-{{ item }}.json", secrets.arguments["content"], {"loop": secrets.content["loop"]}),
-        ("wanted.json", "{{ service_units | to_json }}", {}),
-    ]
-    for name, content, task in contents:
-        dest = f"{{{{ playbook_dir }}}}/{{{{ inventory_hostname }}}}/{name}"
-        tasks.append({"ansible.builtin.copy": {"dest": dest, "content": content}, **task})
+    secrets = "{{ __code_location_secret_files }}"
+    tasks.append(write("{{ item.content }}", "secrets-{{ item.path | basename }}", loop=secrets))
+    tasks.append(write("{{ service_units | to_json }}", "wanted.json"))
     return [{"hosts": "all", "gather_facts": False, "tasks": tasks}]
 
 

@@ -1,0 +1,123 @@
+#!/usr/bin/python
+"""Module ``host_files``: files and directories of the host, all that a role has in one call."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = """
+module: host_files
+short_description: Files and directories of the host, many at once
+description:
+  - Does what C(copy) with C(content) and C(file) with C(state=directory) do, for a list, in one round trip.
+  - A file is replaced as a whole, and readable by nobody but its owner until it has its mode.
+options:
+  files:
+    description: Files and directories, in the order in which they are made.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      path:
+        description: Where it is. Directories above a directory are made, with the mode C(0755).
+        type: path
+        required: true
+      content:
+        description: What is in the file. Without it, this is a directory.
+        type: str
+      force:
+        description: Whether a file that is there gets this content; its owner and mode are set in any case.
+        type: bool
+        default: true
+      validate:
+        description: Command that accepts the content, with C(%s) for a file that holds it; not run in check mode.
+        type: str
+      mode:
+        description: Mode; C(0644) for a file and C(0755) for a directory if it is left out.
+        type: raw
+      owner:
+        description: User, by name or ID.
+        type: str
+        default: "0"
+      group:
+        description: Group, by name or ID; the owner's ID if it is left out.
+        type: str
+"""
+
+OPTIONS = {
+    "path": {"type": "path", "required": True},
+    "content": {"type": "str"},
+    "force": {"type": "bool", "default": True},
+    "validate": {"type": "str"},
+    "mode": {"type": "raw"},
+    "owner": {"type": "str", "default": "0"},
+    "group": {"type": "str"},
+}
+
+
+def write(module: AnsibleModule, path: Path, content: str, validate: str | None) -> None:
+    """Replace a file by one with this content, or end the module with what the command ``validate`` says against it."""
+    handle, name = tempfile.mkstemp(dir=module.tmpdir)
+    with open(handle, "w", encoding="utf-8") as file:
+        file.write(content)
+    if validate:
+        code, out, err = module.run_command(validate.replace("%s", name))
+        if code:
+            module.fail_json(msg=f"The new content of {path} is refused: {(err or out).strip()}")
+    module.atomic_move(name, str(path))
+
+
+def lay_down(module: AnsibleModule, file: dict[str, Any]) -> list[dict[str, Any]]:
+    """Make a file or directory what it is to be, or only look in check mode.
+
+    Args:
+        module: This module.
+        file: One of its C(files).
+
+    Returns:
+        What is different, as Ansible shows it; empty if nothing is.
+    """
+    path, content = Path(file["path"]), file["content"]
+    there, differences = path.exists(), []
+    if content is None and not there:
+        differences.append({"before": {"state": "absent"}, "after": {"state": "directory"}})
+        if not module.check_mode:
+            for directory in reversed([one for one in (path, *path.parents) if not one.exists()]):
+                directory.mkdir()
+                directory.chmod(0o755)
+    elif content is not None and (file["force"] or not there):
+        before = path.read_text(encoding="utf-8", errors="replace") if there else ""
+        if before != content or not there:
+            differences.append({"before": before, "after": content})
+            if not module.check_mode:
+                write(module, path, content, file["validate"])
+    if there or not module.check_mode:
+        attributes: dict[str, Any] = {}
+        wanted = {
+            "mode": file["mode"] or ("0755" if content is None else "0644"),
+            "owner": file["owner"],
+            "group": file["group"] or file["owner"],
+        }
+        if module.set_fs_attributes_if_different(
+            module.load_file_common_arguments(wanted, path=str(path)), False, attributes
+        ):
+            differences.append(attributes)
+    return [{"before_header": str(path), "after_header": str(path), **difference} for difference in differences]
+
+
+def main() -> None:
+    """Entry point for Ansible."""
+    options = {"files": {"type": "list", "elements": "dict", "required": True, "options": OPTIONS}}
+    module = AnsibleModule(options, supports_check_mode=True)
+    os.umask(0o077)
+    differences = [difference for file in module.params["files"] for difference in lay_down(module, file)]
+    module.exit_json(changed=bool(differences), diff=differences)
+
+
+if __name__ == "__main__":
+    main()
