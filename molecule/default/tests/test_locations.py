@@ -309,6 +309,7 @@ def test_location_that_is_taken_off_leaves_its_history(
     assert play() > 0
     assert containers(host) == shop.before
     assert platform.locations() == {"core": "RepositoryLocation"}
+    assert host.check_output("docker image ls --quiet data-platform/code-shop") == ""
     assert host.run("systemctl list-unit-files --no-legend 'dagster-code-*'").stdout == ""
     assert not host.file("/etc/data-platform/secrets/code/shop.json").exists
     assert platform.graphql(STATUS, run=run)["runOrError"]["status"] == "SUCCESS"

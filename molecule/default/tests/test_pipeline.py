@@ -98,6 +98,7 @@ def test_every_check_passed(platform: Platform, materialised: dict[str, int]) ->
     assert not_passed - {"landing/files/every_file_was_accepted"} == set()  # that one waits for files, not for this job
 
 
+@pytest.mark.slow  # the daemon looks after backfills every 30 s
 def test_materialize_all_of_the_ui_gives_the_same_rows(platform: Platform, materialised: dict[str, int]) -> None:
     selection = [{"path": key} for key in asset_keys(platform)]
     params = {"assetSelection": selection, "partitionNames": MONTHS, "tags": [], "title": "all"}

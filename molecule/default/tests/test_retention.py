@@ -47,6 +47,7 @@ def slots(platform: Platform) -> Iterator[Callable[[int], object]]:
     platform.graphql('mutation { deleteConcurrencyLimit(concurrencyKey: "duckdb") }')
 
 
+@pytest.mark.slow
 def test_only_what_something_needs_stays(
     host: Any,
     platform: Platform,
