@@ -12,7 +12,7 @@ LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-em
 DEV := $(CURDIR)/.dev
 DEV_PORT ?= 3002
 
-.PHONY: help up down shell dev test test-all test-fast test-code test-roles lint molecule lock venv
+.PHONY: help up down shell dev test test-all test-fast lint molecule lock venv
 
 help: ## This text
 	@echo "make <target>"; sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|'
@@ -44,13 +44,8 @@ test-all: export DATA_PLATFORM_TESTS = slow or not slow
 test-all: test ## The same, and what takes minutes: plays killed on the way, old images, backfills
 
 test-fast: venv .venv-code/.complete ## Tests that need no host
-	@$(MAKE) --jobs --output-sync test-code test-roles
-
-test-code: .venv-code/.complete
 	@.venv-code/bin/python -m pytest -q tests/code
 	@.venv-code/bin/python -m pytest -q tests/runtime
-
-test-roles: venv .venv-code/.complete
 	@python -m pytest -q tests/roles
 
 lint: venv ## ansible-lint, yamllint, ruff, shellcheck, hadolint

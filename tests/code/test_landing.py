@@ -717,3 +717,53 @@ def test_missing_folder_is_made(
     (tmp_path / "landing").rmdir()
     assert evaluate(defs, own_instance) == "No file waits."
     assert (tmp_path / "landing").is_dir()
+
+
+def test_file_that_was_put_beside_the_folders_blocks_no_dataset(folder: Folder) -> None:
+    folder.drop("orders", "id\n1\n")
+    assert folder.land()["orders"].state == "refused"
+    folder.drop("orders/bad.csv", "id\n1,2\n")
+    assert folder.land()["orders/bad.csv"].state == "refused"
+    assert folder.files() == {
+        "quarantine/no-dataset/orders",
+        "quarantine/no-dataset/orders.reason.txt",
+        "quarantine/orders/bad.csv",
+        "quarantine/orders/bad.csv.reason.txt",
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["123456789012345678", "1"], "BIGINT"),
+        (["123456789012345678", "1.5"], "VARCHAR"),
+        (["123456789012345", "1.5"], "DOUBLE"),
+        (["9007199254740993.5"], "VARCHAR"),
+    ],
+)
+def test_long_integers_are_not_taken_for_floating_point_numbers(folder: Folder, values: list[str], kind: str) -> None:
+    folder.drop("orders/a.csv", "\n".join(["id", *values, ""]))
+    assert folder.land()["orders/a.csv"].state == "landed"
+    assert folder.rows("select typeof(id), count(*) from raw.orders group by all") == [(kind, len(values))]
+    assert kind == "DOUBLE" or sorted(str(row) for (row,) in folder.rows("select id from raw.orders")) == sorted(values)
+
+
+@pytest.mark.parametrize(("kind", "right", "wrong"), [("float", 2**24, 2**24 + 1), ("double", 2**53, 2**53 + 1)])
+def test_integer_that_a_floating_point_column_does_not_hold_is_refused(
+    folder: Folder, kind: str, right: int, wrong: int
+) -> None:
+    folder.drop_parquet("orders/a.parquet", f"select 1.5::{kind} as size")
+    for number in (right, wrong):
+        folder.drop(f"orders/{number}.csv", f"size\n{number}\n")
+        folder.drop_parquet(f"orders/{number}.parquet", f"select {number}::bigint as size")
+    said = folder.land()
+    assert {name: outcome.state for name, outcome in said.items()} == {
+        "orders/a.parquet": "landed",
+        f"orders/{right}.csv": "landed",
+        f"orders/{right}.parquet": "landed",
+        f"orders/{wrong}.csv": "refused",
+        f"orders/{wrong}.parquet": "refused",
+    }
+    assert "column size" in said[f"orders/{wrong}.csv"].reason
+    assert said[f"orders/{wrong}.parquet"].reason == f"an integer in column size does not fit its type {kind.upper()}"
+    assert folder.rows("select sum(size)::hugeint from raw.orders where size > 2") == [(2 * right,)]

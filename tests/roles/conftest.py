@@ -59,7 +59,8 @@ def wiring() -> dict[str, Any]:
 
 def role_files(role: str, *folders: str) -> list[Path]:
     """Give the files in some folders of a role."""
-    return sorted(path for folder in folders for path in (ROOT / "roles" / role / folder).rglob("*") if path.is_file())
+    found = (path for folder in folders for path in (ROOT / "roles" / role / folder).rglob("*"))
+    return sorted(path for path in found if path.is_file() and path.parent.name != "__pycache__")
 
 
 def entry_points(role: str) -> dict[str, dict[str, dict[str, Any]]]:

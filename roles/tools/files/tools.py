@@ -23,6 +23,7 @@ import os
 import pwd
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -31,7 +32,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 CONFIGURATION = Path("/etc/data-platform/tools.json")
 COPIES = Path("/var/lib/data-platform/sql")
@@ -55,6 +56,10 @@ for names in connection.execute("select schema_name, table_name from duckdb_tabl
 """
 SHELL = 'exec /opt/dagster/lib/python3*/site-packages/duckdb_cli/duckdb "$@"'  # its launcher would end at Ctrl-C
 NEEDS_CODE = (["asset", "list"], ["asset", "materialize"], ["job", "execute"])
+CODE_OPTIONS = (
+    *("-a", "-d", "-f", "-m", "-w", "--attribute", "--autoload-defs-module-name", "--empty-workspace", "--grpc"),
+    *("--module-name", "--package-name", "--python-file", "--working-directory", "--workspace"),
+)
 DOCKER_FAILED = 125  # docker run's own exit status
 
 
@@ -71,16 +76,36 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file below a directory that pipelines write to, for reading: root follows no link there.
+
+    Raises:
+        Failure: It is no file.
+        FileNotFoundError: There is none.
+    """
+    try:
+        file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Failure(f"{path} cannot be read ({error.strerror}): a pipeline put something else in its place.") from error
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise Failure(f"{path} is no file: a pipeline put something else in its place.")
+        yield file
+
+
 def checkpoint(warehouse: Path) -> str:
     """Digest of a DuckDB file's headers, one of which changes with each checkpoint."""
-    with warehouse.open("rb") as file:
+    with opened(warehouse) as file:
         return hashlib.sha256(file.read(HEADERS)).hexdigest()
 
 
 def in_use(warehouse: Path) -> bool:
     """Whether a process holds DuckDB's lock on the warehouse; asks without taking one."""
     question = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    with warehouse.open("rb") as file:
+    with opened(warehouse) as file:
         answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
     return struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK
 
@@ -90,11 +115,11 @@ def state(warehouse: Path) -> dict[str, Any]:
     journals = {}
     for suffix in JOURNALS:
         try:
-            found = os.stat(f"{warehouse}{suffix}")
+            found = os.lstat(f"{warehouse}{suffix}")
         except FileNotFoundError:
             continue
         journals[suffix] = [found.st_ino, found.st_size, found.st_mtime_ns]
-    found = warehouse.stat()
+    found = warehouse.lstat()
     return {"file": [found.st_dev, found.st_ino], "checkpoint": checkpoint(warehouse), "journals": journals}
 
 
@@ -104,19 +129,20 @@ def copy_file(source: Path, target: Path) -> None:
     Raises:
         NoRoom: The disk has none for it.
     """
-    with source.open("rb") as reader, target.open("xb") as writer:
+    with opened(source) as reader, target.open("xb") as writer:
         os.fchmod(writer.fileno(), 0o444)
         try:
             fcntl.ioctl(writer, CLONE, reader.fileno())
         except OSError:  # this file system cannot do that
-            need, free = os.fstat(reader.fileno()).st_size >> 20, shutil.disk_usage(target.parent).free >> 20
+            size = os.fstat(reader.fileno()).st_size
+            need, free = size >> 20, shutil.disk_usage(target.parent).free >> 20
             if free - need < KEPT_FREE:
                 raise NoRoom(
                     f"A copy of {source} needs {need} MiB, but the disk of {COPIES} has {free} MiB free, of which "
                     f"{KEPT_FREE} are for the platform: make room there."
                 ) from None
-            while os.sendfile(writer.fileno(), reader.fileno(), None, 1 << 30):
-                pass
+            while sent := os.sendfile(writer.fileno(), reader.fileno(), None, min(size, 1 << 30)):
+                size -= sent
 
 
 class Copies:
@@ -345,6 +371,8 @@ def dagster(arguments: list[str], configuration: dict[str, Any]) -> int:
     container, place, command = "dagster-webserver", [f"--workdir={WORKSPACE}"], ["dagster", *arguments]
     if arguments[:2] in NEEDS_CODE:
         wanted, rest = named_location(arguments[2:])
+        if foreign := [word for word in rest if word.startswith(CODE_OPTIONS)]:
+            raise Failure(f"{foreign[0]} names other code than the location's: leave it out, -l chooses the location.")
         locations = code_locations()
         if not locations:
             raise Failure("No code location is running: see 'systemctl status dagster-code*'.")

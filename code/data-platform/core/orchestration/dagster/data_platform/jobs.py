@@ -28,6 +28,7 @@ refresh_marts = dg.define_asset_job(
 land_files = dg.define_asset_job(
     "land_files",
     selection=LANDING,
+    tags={"dagster/max_runtime": 3600},  # a run that died with its code server must not keep files waiting for a day
     description="Loads what waits in the landing folder; the sensor landing_folder launches it when something does.",
 )
 

@@ -5,6 +5,7 @@
 | `<landing>/<dataset>/`           | files that wait                                                       |
 | `<landing>/landed/<dataset>/`    | files whose rows are in the warehouse                                 |
 | `<landing>/quarantine/<dataset>/`| files that cannot be loaded, each with the reason in `….reason.txt`   |
+| `<landing>/quarantine/no-dataset/`| the same of files that were put into the landing folder itself       |
 
 A file is one transaction: its rows and its line in the ledger `landing.files`, which knows files by their content. It
 is moved after that, so that what a crash leaves behind is known when it is met again. Dropping the table
@@ -43,6 +44,7 @@ LANDED = "landed"
 QUARANTINE = "quarantine"
 DATASET = re.compile(r"[a-z][a-z0-9_]{0,62}")
 UNFINISHED = (".part", ".tmp", ".filepart")
+NO_DATASET = "no-dataset"  # of files in the landing folder itself; no dataset can be named so
 QUIET_SECONDS = 10.0
 THREADS = 4  # each has buffers beside what memory_limit counts: with 16, a file of 1 GB takes 300 MB more
 REASON_SUFFIX = ".reason.txt"
@@ -337,7 +339,7 @@ def move(root: Path, where: str, source: int, entry: Entry, reason: str | None =
 
     Nothing is replaced there: where the name is taken, the time of day is put into it.
     """
-    with directory(root, where, entry.folder, make=True) as target:
+    with directory(root, where, entry.folder or NO_DATASET, make=True) as target:
         name = free_name(target, entry.name)
         if reason:
             handle = os.open(name + REASON_SUFFIX, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o660, dir_fd=target)

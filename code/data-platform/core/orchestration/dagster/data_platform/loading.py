@@ -26,6 +26,8 @@ INTEGERS = {f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL
     "INTEGER",
     "UINTEGER",
 }
+FLOATS = {"FLOAT": 7, "DOUBLE": 15}
+"""Types of floating-point numbers, and how many digits an integer may have that each of them holds, whatever it is."""
 WIDENS = {("FLOAT", "DOUBLE"), ("DATE", "TIMESTAMP")} | {
     (f"TIMESTAMP_{unit}", "TIMESTAMP") for unit in ("S", "MS", "NS")
 }
@@ -35,13 +37,15 @@ WIDENS = {("FLOAT", "DOUBLE"), ("DATE", "TIMESTAMP")} | {
 DATE = r"\d{4}-\d\d-\d\d"
 TIME = DATE + r"[ T]\d\d:\d\d(:\d\d(\.\d{1,6})?)?"
 INFERRED = {
-    "BIGINT": r"-?(0|[1-9]\d{0,18})",
-    "DOUBLE": r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][+-]?\d{1,2})?",
+    "LONG": r"-?[1-9]\d{15,18}",  # a BIGINT that a DOUBLE does not hold
+    "BIGINT": r"-?(0|[1-9]\d{0,14})",
+    "DOUBLE": r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,2})?",
     "BOOLEAN": r"(?i)true|false",
     "DATE": DATE,
     "TIMESTAMP": TIME,
     "TIMESTAMP WITH TIME ZONE": TIME + r"(Z|[+-]\d\d(:?\d\d)?)",
 }
+MISFIT = "an integer that is too long for column"
 BROKEN_LINES = {
     "UNQUOTED VALUE": "a quotation mark is not closed, or text follows the closing one",
     "INVALID ENCODING": "not UTF-8",
@@ -128,9 +132,14 @@ def matched(names: Sequence[str], columns: Columns, line: int | None = None) -> 
 
 def widens(kind: str, wider: str) -> bool:
     """Say whether values of a type go into a column of another without a change, or else with an error."""
-    if kind in INTEGERS and (wider in INTEGERS or wider in ("FLOAT", "DOUBLE")):
+    if kind in INTEGERS and (wider in INTEGERS or wider in FLOATS):
         return True
     return kind == wider or (kind, wider) in WIDENS or (kind.startswith("DECIMAL") and wider == "DOUBLE")
+
+
+def changes_as_integer(integer: str, kind: str) -> str:
+    """Return an SQL condition: a type of floating-point numbers does not hold this integer."""
+    return f"({integer} is distinct from try_cast(try_cast({integer} as {kind}) as hugeint))"
 
 
 def changes(text: str, kind: str) -> str:
@@ -140,6 +149,9 @@ def changes(text: str, kind: str) -> str:
         suspicious = " or ".join(f"contains({text}, '{letter}')" for letter in ".eE")
         value = f"try_cast(try_cast({text} as {kind}) as double)"
         return f"(({suspicious}) and try_cast({text} as double) is distinct from {value})"
+    if kind in FLOATS:
+        long = f"length({text}) > {FLOATS[kind]} and not contains({text}, '.')"
+        return f"({long} and {changes_as_integer(f'try_cast({text} as hugeint)', kind)})"
     if kind == "DATE":
         return f"length(trim({text})) > 10"
     if kind == "TIMESTAMP WITH TIME ZONE":
@@ -360,7 +372,11 @@ class ParquetFile:
             own, kind = kinds[place]
             if not widens(kind, columns[name]):
                 raise RefusedError(f"the column {name} is {kind}, and {columns[name]} in the table")
-            parts.append(f"cast({identifier(own)} as {columns[name]}) as {identifier(name)}")
+            value = f"cast({identifier(own)} as {columns[name]})"
+            if kind in INTEGERS and columns[name] in FLOATS:
+                misfit = changes_as_integer(f"{identifier(own)}::hugeint", columns[name])
+                value = f"case when {misfit} then error({literal(f'{MISFIT} {name}')}) else {value} end"
+            parts.append(f"{value} as {identifier(name)}")
         return f"select {', '.join(parts)} from {self.relation}"
 
     def check_read(self, connection: duckdb.DuckDBPyConnection) -> None:
@@ -372,6 +388,9 @@ class ParquetFile:
         """Return what about the file made its query fail, or None if it was something else, such as a full disk."""
         if isinstance(error, duckdb.ConversionException):
             return MisfitError(first_line(error))
+        if MISFIT in (text := first_line(error)):
+            name = text.partition(f"{MISFIT} ")[2]
+            return MisfitError(f"an integer in column {name} does not fit its type {columns.get(name, 'there')}")
         try:
             connection.execute(f"select bit_xor(hash({', '.join(map(identifier, self.columns))})) from {self.relation}")
         except duckdb.OutOfMemoryException:
@@ -390,7 +409,12 @@ DataFile = CsvFile | ParquetFile
 def common(kinds: set[str | None]) -> str:
     """Return the type of a column that holds values of some types."""
     kinds = kinds - {None}
-    for several, kind in (({"BIGINT", "DOUBLE"}, "DOUBLE"), ({"DATE", "TIMESTAMP"}, "TIMESTAMP")):
+    for several, kind in (
+        ({"LONG"}, "BIGINT"),
+        ({"LONG", "BIGINT"}, "BIGINT"),
+        ({"BIGINT", "DOUBLE"}, "DOUBLE"),
+        ({"DATE", "TIMESTAMP"}, "TIMESTAMP"),
+    ):
         if kinds == several:
             return kind
     return kinds.pop() if len(kinds) == 1 else "VARCHAR"
