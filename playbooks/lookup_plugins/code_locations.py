@@ -107,7 +107,7 @@ def resolve(location: dict[str, Any], places: Places) -> dict[str, Any]:
     """
     name = str(location.get("name", ""))
     source, revision = str(location.get("source", "")), str(location.get("revision") or "")
-    which = f"The code location {name}"
+    which, shown = f"The code location {name}", re.sub("(https?:)//[^/]*@", r"\1//", source)  # less user and password
     git: dict[str, str] = {}
     if revision:
         repository = source if REMOTE.match(source) else str(places.project / source)
@@ -119,13 +119,13 @@ def resolve(location: dict[str, Any], places: Places) -> dict[str, Any]:
     if not NAME.fullmatch(name):
         problems.append(f"{which} cannot be named so: use lower-case letters, digits and hyphens inside, 40 at most.")
     if not revision and REMOTE.match(source):
-        problems.append(f"{which} comes from {source} at no revision: say which (revision).")
+        problems.append(f"{which} comes from {shown} at no revision: say which (revision).")
     elif not revision and not path.is_dir():
         problems.append(f"{which} has no source: there is no directory {path}.")
     elif path.is_dir():
         for option in ("directory", "dbt_project"):
             if not (path / str(location.get(option) or ".")).is_dir():
-                problems.append(f"{which} has no directory {location[option]} in {source}: correct its {option}.")
+                problems.append(f"{which} has no directory {location[option]} in {shown}: correct its {option}.")
     asked = requirements(location, path)
     lock = places.locks / f"{name}.txt"
     if asked["hash"]:

@@ -254,7 +254,12 @@ def test_the_fullest_directory_is_the_one_that_counts(tmp_path: Path) -> None:
 
 
 def test_users_that_the_host_does_not_know_are_found() -> None:
-    assert measure.unknown(["root", "nobody-of-this-name", "--help", ""]) == ["nobody-of-this-name", "--help", ""]
+    assert measure.unknown(["root", "nobody-of-this-name", "--help", "", "0"]) == [
+        "nobody-of-this-name",
+        "--help",
+        "",
+        "0",
+    ]
     assert measure.unknown([]) == []
 
 

@@ -129,6 +129,25 @@ def test_container_can_read_the_copy_and_nobody_can_write_it(machine: Machine) -
     assert [path.stat().st_mode & 0o777 for path in (copy, copy / "warehouse.duckdb")] == [0o755, 0o444]
 
 
+@pytest.mark.parametrize("name", ["warehouse.duckdb", "warehouse.duckdb.wal", "warehouse.duckdb.wal.checkpoint"])
+@pytest.mark.parametrize("trap", ["link", "pipe", "folder"])
+def test_root_follows_nothing_that_a_pipeline_put_there(name: str, trap: str, machine: Machine, tmp_path: Path) -> None:
+    machine.write(b"one")
+    (tmp_path / "secret").write_bytes(b"of root")
+    place = machine.warehouse.parent / name
+    place.unlink(missing_ok=True)
+    if trap == "link":
+        place.symlink_to(tmp_path / "secret")
+    elif trap == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    with pytest.raises(machine.program.Failure, match="a pipeline put something else in its place"):
+        machine.latest()
+    copied = [file.read_bytes() for file in machine.copies.rglob("*") if file.is_file()]
+    assert b"of root" not in copied
+
+
 def test_unchanged_warehouse_is_neither_copied_nor_verified_again(machine: Machine) -> None:
     assert machine.latest() == machine.latest()
     assert machine.verifications() == 1
@@ -407,6 +426,16 @@ def test_dagster_that_cannot_run_says_why(
     serve(machine, core=SERVED, shop=SECRET)
     assert machine.program.main("data-platform-dagster", arguments) == 1
     assert sentence in capsys.readouterr().err
+    assert machine.calls("exec") == []
+
+
+@pytest.mark.parametrize(
+    "words", ["-m evil", "-mevil", "--module-name=evil", "-d /tmp", "--working-directory /tmp", "-f evil.py"]
+)
+def test_other_code_than_the_locations_is_refused(words: str, machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    serve(machine, core=SERVED)
+    assert machine.program.main("data-platform-dagster", ["asset", "list", *words.split()]) == 1
+    assert f"{words.split()[0]} names other code than the location's" in capsys.readouterr().err
     assert machine.calls("exec") == []
 
 

@@ -78,7 +78,7 @@ dagster_config: "{{{{ my_config }}}}"
 docker_daemon_options:
 images_ca_bundle: /etc/hostname
 images_apt_sources: ["{NOWHERE}"]
-images_package_index: https://user:{SECRET}@nowhere.invalid/python
+images_package_index: https://user:{SECRET}@{SECRET}@nowhere.invalid/python
 landing_members: [daemon, alcie]
 preflight_disk: 7000
 preflight_memory: 2000
@@ -129,6 +129,7 @@ HOSTS = {
     f"{NAME}-unbooted": Host(
         INDEX,
         """
+        dagster_code_locations: []
         dagster_webserver_bind: 192.0.2.1
         images_apt_sources: a string
         images_ca_bundle: ""
@@ -136,6 +137,7 @@ HOSTS = {
         """,
         [
             NOT_BOOTED,
+            r"dagster_code_locations is empty, and Dagster serves nothing then: name a location, or .*",
             r"images_apt_sources \(\S+\) is a str: make it a list\.",
             r"apt cannot use the sources of the images \(.*\): correct images_apt_sources .*",
             r"dagster_webserver_bind is 192\.0\.2\.1, where others could run code here, .*",
@@ -161,6 +163,13 @@ HOSTS = {
         images_registry_image: registry.example.com/debian:trixie
         images_registry_ca: /etc/hostname
         docker_repository_key: nowhere.asc
+        dagster_code_locations:
+          - name: core
+            source: code/data-platform
+            module: data_platform.definitions
+            env: {NOTHING: , NUMBER: 1}
+            secrets: {LIST: [a], TOKEN: a}
+            limits: {memory: 2 GB, cpus: two}
         """,
         [
             NOT_BOOTED,
@@ -168,6 +177,8 @@ HOSTS = {
             r"The host cannot use the package index http://packages\.example\.com/python \(Connection refused\): .*",
             r"images_registry_image is 'registry\.example\.com/debian:trixie', which names no image by its digest: .*",
             r"images_registry_ca is /etc/hostname, which is no file with certificates .*: correct it\.",
+            r"A code location has no plain value for NOTHING and LIST \(env or secrets\): .*",
+            r"A code location has limits that Docker does not understand, memory: 2 GB and cpus: two: .*",
             r"docker_repository_key is nowhere\.asc, which is no file with a key .*: correct it\.",
         ],
     ),

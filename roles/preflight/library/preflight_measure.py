@@ -89,8 +89,8 @@ def packages() -> list[str]:
 
 
 def unknown(users: list[str]) -> list[str]:
-    """Give those of the ``users`` that the host does not know, from whatever source it takes users."""
-    return [user for user in users if not output("getent", "passwd", "--", user)]
+    """Give those of the ``users`` whose names the host does not know, from whatever source it takes users."""
+    return [user for user in users if not user or output("getent", "passwd", "--", user).partition(":")[0] != user]
 
 
 def holder(port: int) -> str | None:
@@ -148,7 +148,7 @@ def main() -> None:
         changed=False,
         memory=memory(),
         disk=disk(),
-        installed=Path("/etc/data-platform").exists(),
+        installed=Path("/etc/data-platform/dagster").exists(),
         packages=packages(),
         foreign_settings=SETTINGS.exists() and "data-platform.options=" not in SETTINGS.read_text(),
         unknown_users=unknown(module.params["users"]),

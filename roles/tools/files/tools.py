@@ -89,7 +89,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise Failure(f"{path} cannot be read ({error.strerror}): a pipeline put something else in its place.") from error
+        reason = f"{path} cannot be read ({error.strerror}): a pipeline put something else in its place."
+        raise Failure(reason) from error
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise Failure(f"{path} is no file: a pipeline put something else in its place.")
