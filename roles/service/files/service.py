@@ -67,7 +67,7 @@ class Unit:
         self.network = container["Network"]
         self.config = [Path(word) for word in container.get("Config", "").split()]
         self.reload = [Path(word) for word in container.get("Reload", "").split()]
-        self.user = int(container["User"])
+        self.user = int(container.get("User", "0"))
         self.data = [Path(word) for word in container.get("Data", "").split()]
 
     def made_of(self, image_id: str) -> str:
