@@ -60,6 +60,7 @@ CODE_OPTIONS = (
     *("-a", "-d", "-f", "-m", "-w", "--attribute", "--autoload-defs-module-name", "--empty-workspace", "--grpc"),
     *("--module-name", "--package-name", "--python-file", "--working-directory", "--workspace"),
 )
+ENDINGS = (signal.SIGHUP, signal.SIGTERM)
 DOCKER_FAILED = 125  # docker run's own exit status
 
 
@@ -336,6 +337,7 @@ def sql(arguments: list[str], configuration: dict[str, Any]) -> int:
         try:
             status = subprocess.call([*container, *prompt])
         finally:
+            ignore_endings()
             if status < 0:
                 run("docker", "rm", "--force", name)
         return status if status >= 0 else 128 - status
@@ -436,8 +438,15 @@ def become_root(name: str, arguments: list[str], group: str) -> None:
     os.execv("/usr/bin/sudo", ["sudo", "--non-interactive", "--", f"/usr/local/bin/{name}", *arguments])
 
 
+def ignore_endings() -> None:
+    """Tidy up in peace: the terminal and sudo both pass on that a terminal was closed."""
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def leave(number: int, _: object) -> None:
     """End as the signal wants it, but tidy up on the way."""
+    ignore_endings()
     raise SystemExit(128 + number)
 
 
@@ -446,8 +455,8 @@ def main(name: str, arguments: list[str]) -> int:
     try:
         configuration = configured()
         become_root(name, arguments, configuration["group"])
-        signal.signal(signal.SIGHUP, leave)
-        signal.signal(signal.SIGTERM, leave)
+        for number in ENDINGS:
+            signal.signal(number, leave)
         return PROGRAMS[name](arguments, configuration)
     except Failure as failure:
         print(failure, file=sys.stderr)
