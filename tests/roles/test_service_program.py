@@ -67,6 +67,7 @@ class Machine:
         (self.units / "dagster-other.service").write_text("[Service]\nExecStart=/bin/true\n")
         self.answers: dict[str, tuple[int, str, str]] = {}
         self.answer("docker image inspect", IMAGES)
+        self.answer("systemctl show", "NRestarts=0\nNeedDaemonReload=no\nExecMainStartTimestamp=@100.5\n")
         self.answer("systemctl is-active", "active\n" * 3)
         self.answer("systemctl is-enabled", "enabled\n" * 3)
         self.containers({name: ("true", self.made_of(name)) for name in NAMES})
@@ -128,6 +129,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setenv("PATH", os.pathsep.join([str(machine.tools), os.environ["PATH"]]))
     monkeypatch.setattr(program, "UNITS", machine.units)
     monkeypatch.setattr(program, "RUNTIME", machine.runtime)
+    monkeypatch.setattr(program, "JOURNAL", tmp_path / "journal.conf")
     return machine
 
 
@@ -189,7 +191,6 @@ def test_prepare_clears_the_way_and_writes_down_what_is_started(machine: Machine
     assert machine.changes() == ["docker rm --force --volumes dagster-a", "docker network create net"]
     assert (machine.runtime / "dagster-a" / "labels").read_text().splitlines() == [
         f"data-platform.made-of={machine.made_of()}",
-        "object_systemd_unit=dagster-a.service",
     ]
 
 
@@ -220,9 +221,47 @@ def test_prepare_writes_down_what_need_not_be_read_again(machine: Machine) -> No
 
 
 def test_prepare_does_not_say_that_an_outdated_unit_is_the_one_on_disk(machine: Machine) -> None:
-    machine.answer("systemctl show --property=NeedDaemonReload", "yes\n")
+    machine.answer("systemctl show", "NRestarts=0\nNeedDaemonReload=yes\n")
     assert machine.program.main(["prepare", "dagster-a"]) == 0
     assert machine.made_of() not in (machine.runtime / "dagster-a" / "labels").read_text()
+
+
+def test_each_failure_makes_the_next_start_wait_longer_until_all_was_well_for_a_while(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(machine.program.time, "sleep", waits.append)
+    assert machine.program.main(["prepare", "dagster-a"]) == 0
+    machine.answer("systemctl show", "NRestarts=5\nNeedDaemonReload=no\n")
+    for _ in range(6):
+        assert machine.program.main(["prepare", "dagster-a"]) == 0
+    assert waits == [0, 0, 2, 6, 14, 30, 30]
+    tries = machine.runtime / "dagster-a" / "tries"
+    os.utime(tries, (tries.stat().st_mtime - 100,) * 2)
+    assert machine.program.main(["prepare", "dagster-a"]) == 0
+    machine.answer("systemctl show", "NRestarts=0\nNeedDaemonReload=no\n")
+    assert machine.program.main(["prepare", "dagster-a"]) == 0
+    assert waits[-2:] == [0, 0]
+
+
+def test_journal_reads_its_size_once_it_changed(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    machine.program.JOURNAL.write_text("[Journal]\n")
+    assert machine.converge("--check") == 0
+    assert machine.changes() == []
+    assert machine.converge() == 0
+    assert machine.changes() == ["systemctl restart systemd-journald"]
+    assert capsys.readouterr().out.splitlines() == ["restarted systemd-journald"] * 2
+    os.utime(machine.program.JOURNAL, (100, 100))
+    assert machine.converge() == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_slice_that_changed_is_read_again(machine: Machine) -> None:
+    machine.answer(
+        "systemctl show --timestamp=unix --property=NeedDaemonReload dagster.slice", "NeedDaemonReload=yes\n"
+    )
+    assert machine.converge() == 0
+    assert machine.changes() == ["systemctl daemon-reload"]
 
 
 def test_prepare_leaves_the_network_that_is_there(machine: Machine) -> None:

@@ -17,6 +17,7 @@ from conftest import ROLES, ROOT, load, module_at, options, role_files, role_tas
 AWKWARD = """50% of $HOME, "quoted" 'too' \\ %h $$ %% ; # -- {{'{{'}} é"""
 SECRETS = {"API_TOKEN": AWKWARD, "EMPTY": "", "MANY_LINES": "open\nsesame\n"}
 FACTS: dict[str, Any] = {f"images_{name}": f"data-platform/{name}:0123456789ab" for name in ("dagster", "postgres")}
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
 FACTS["images_code"] = {name: f"data-platform/code-{name}:0123456789ab" for name in ("core", "sales", "examples")}
 HOSTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -48,7 +49,11 @@ HOSTS: dict[str, dict[str, Any]] = {
         "dagster_webserver_port": "8080",
         "dagster_webserver_without_login": True,
         "dagster_workspace": {"load_from": [{"python_module": "somewhere.definitions"}]},
+        "code_location_limits": {"pids": 1000},
         "code_location_stop_timeout": "90",
+        "dagster_daemon_limits": {"memory": "700m"},
+        "dagster_webserver_limits": {"pids": 99},
+        "postgres_limits": {"memory": "3g"},
         "postgres_settings": {"max_connections": 50},
     },
     "awkward": {
@@ -132,7 +137,7 @@ def playbook() -> list[dict[str, Any]]:
     secrets = "{{ __code_location_secret_files }}"
     tasks.append(write("{{ item.content }}", "secrets-{{ item.path | basename }}", loop=secrets))
     tasks.append(write("{{ service_units | to_json }}", "wanted.json"))
-    return [{"hosts": "all", "gather_facts": False, "tasks": tasks}]
+    return [{"hosts": "all", "gather_facts": True, "gather_subset": ["!all", "!min", "hardware"], "tasks": tasks}]
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +312,28 @@ def test_location_that_asks_for_little_gets_nothing_more(rendered: Path) -> None
     unit = rendered / "overridden" / "dagster-code.service"
     assert environment_of(unit)["HOME"] == "/elsewhere"
     assert environment_of(unit.with_stem("dagster-code-sales"))["HOME"] == "/tmp"
-    assert re.findall("with_secrets|/secrets/code|--memory|--cpus|--pids-limit|type=volume", unit.read_text()) == []
+    assert re.findall("with_secrets|/secrets/code|--cpus|type=volume", unit.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "name", "memory", "pids"),
+    [
+        ("plain", "dagster-postgres", f"{min(max(MEMORY // 4, 512), 4096)}m", "512"),
+        ("plain", "dagster-webserver", f"{min(max(MEMORY // 8, 512), 2048)}m", "512"),
+        ("plain", "dagster-daemon", f"{min(max(MEMORY // 8, 512), 2048)}m", "512"),
+        ("plain", "dagster-code", f"{MEMORY // 2}m", "2048"),
+        ("overridden", "dagster-postgres", "3g", "512"),
+        ("overridden", "dagster-webserver", f"{min(max(MEMORY // 8, 512), 2048)}m", "99"),
+        ("overridden", "dagster-daemon", "700m", "512"),
+        ("overridden", "dagster-code", f"{MEMORY // 2}m", "1000"),
+    ],
+)
+def test_services_have_limits_of_their_own_or_by_the_host_s_memory(
+    rendered: Path, host: str, name: str, memory: str, pids: str
+) -> None:
+    unit = rendered / host / f"{name}.service"
+    limits = {option: values(unit, option) for option in ("--memory", "--memory-swap", "--pids-limit")}
+    assert limits == {"--memory": [memory], "--memory-swap": [memory], "--pids-limit": [pids]}
 
 
 def test_secrets_reach_their_file_and_no_other(rendered: Path) -> None:

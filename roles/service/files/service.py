@@ -1,7 +1,8 @@
 #!/usr/bin/python3
 """Mechanics of the units that run containers: standard library only.
 
-    container-unit prepare UNIT          before the container starts: clear the way and write down what it is made of
+    container-unit prepare UNIT          before the container starts: clear the way and write down what it is made of;
+                                         if it failed again and again, wait first
     container-unit ready UNIT COMMAND…   wait until COMMAND succeeds inside the container
     container-unit reloaded UNIT         write down that the container has read its configuration again
     container-unit converge [--check] UNIT…
@@ -27,7 +28,12 @@ from pathlib import Path
 
 UNITS = Path("/etc/systemd/system")
 RUNTIME = Path("/run")
+JOURNAL = Path("/etc/systemd/journald.conf.d/data-platform.conf")
+SLICE = "dagster.slice"
 LABEL = "data-platform.made-of"
+
+LONGEST_WAIT = 30  # seconds between two attempts to start what fails at once
+STABLE = 60  # seconds after which a failure is the first one
 
 
 class Failure(Exception):
@@ -107,6 +113,8 @@ def prepare(unit: Unit) -> None:
     Raises:
         Failure: The image is missing, or Docker does not answer.
     """
+    state = show(unit.name, "NRestarts", "NeedDaemonReload")
+    back_off(unit, again=state["NRestarts"] != "0")
     ids = image_ids([unit])
     if unit.image not in ids:
         run("docker", "version")
@@ -118,10 +126,30 @@ def prepare(unit: Unit) -> None:
             raise Failure(f"The network {unit.network} cannot be made: {created.stderr.strip()}")
     for path in unit.data:
         provide(path, unit.user)
-    outdated = run("systemctl", "show", "--property=NeedDaemonReload", "--value", unit.name).stdout.strip() == "yes"
-    made_of = "outdated-unit" if outdated else unit.made_of(ids[unit.image])
-    (RUNTIME / unit.name / "labels").write_text(f"{LABEL}={made_of}\nobject_systemd_unit={unit.name}.service\n")
+    made_of = "outdated-unit" if state["NeedDaemonReload"] == "yes" else unit.made_of(ids[unit.image])
+    (RUNTIME / unit.name / "labels").write_text(f"{LABEL}={made_of}\n")
     reloaded(unit)
+
+
+def show(unit: str, *properties: str) -> dict[str, str]:
+    """Properties of a unit, as systemctl shows them."""
+    options = [f"--property={name}" for name in properties]
+    shown = run("systemctl", "show", "--timestamp=unix", *options, unit).stdout
+    return dict(line.split("=", 1) for line in shown.splitlines())
+
+
+def back_off(unit: Unit, again: bool) -> None:
+    """Wait longer each time that systemd has to start the unit again soon, so that no failure keeps a processor busy.
+
+    Args:
+        unit: The unit that is starting.
+        again: Whether systemd starts it by itself, because it failed.
+    """
+    tries = RUNTIME / unit.name / "tries"
+    soon = again and tries.exists() and time.time() - tries.stat().st_mtime < STABLE
+    count = int(tries.read_text()) + 1 if soon else 0
+    time.sleep(min(max(2**count - 2, 0), LONGEST_WAIT))
+    tries.write_text(str(count))
 
 
 def provide(path: Path, user: int) -> None:
@@ -205,7 +233,11 @@ def converge(wanted: list[str], check: bool) -> list[str]:
         and (not unit.reloaded.exists() or unit.reloaded.read_text() != digest("", *unit.reload))
     ]
     disabled = [name for name, state in zip(names, enabled, strict=True) if state != "enabled"]
-    if (stale or disabled) and not check:
+    unread = show(SLICE, "NeedDaemonReload")["NeedDaemonReload"] == "yes"
+    outgrown = JOURNAL.exists() and JOURNAL.stat().st_mtime > started("systemd-journald")
+    if outgrown and not check:
+        run("systemctl", "restart", "systemd-journald")
+    if (stale or disabled or unread) and not check:
         run("systemctl", "daemon-reload")
         if disabled:
             run("systemctl", "enable", "--quiet", *disabled)
@@ -220,8 +252,15 @@ def converge(wanted: list[str], check: bool) -> list[str]:
         *(f"restarted {name}" for name in stale),
         *(f"enabled {name}" for name in disabled if name not in stale),
         *(f"reloaded {name}" for name in outdated),
+        *(["reloaded dagster.slice"] if unread else []),
+        *(["restarted systemd-journald"] if outgrown else []),
         *remove(unwanted, [], check),
     ]
+
+
+def started(unit: str) -> float:
+    """When the unit's process started, in seconds since the epoch."""
+    return float(show(unit, "ExecMainStartTimestamp")["ExecMainStartTimestamp"].lstrip("@") or 0)
 
 
 def described() -> list[Unit]:
