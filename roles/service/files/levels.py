@@ -22,6 +22,7 @@ CRITICAL, ERROR, WARNING, NOTICE, INFO, DEBUG = range(2, 8)
 
 COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
 PYTHON = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\S*(?: [+-]\d{4})? - \S+ - ([A-Z]+) - ")
+ROOT_LOGGER = re.compile(rb"([A-Z]+):[\w.]+:")
 POSTGRES = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+ \S+ \[\d+\] (?:.{0,80}? )??([A-Z]+)\d?:  ")
 GRPC = re.compile(rb"([IWEF])\d{4} \d\d:\d\d:\d\d")
 PYTHON_WARNING = re.compile(rb"\S+:\d+: \w*Warning: ")
@@ -45,7 +46,7 @@ def level(line: bytes, before: int) -> int:
         line: The line, without colours.
         before: Priority of the line before it.
     """
-    if found := PYTHON.match(line):
+    if found := PYTHON.match(line) or ROOT_LOGGER.match(line):
         return PYTHON_LEVELS.get(found[1], before)
     if found := POSTGRES.match(line):
         return NOTICE if EXPECTED.search(line) else POSTGRES_LEVELS.get(found[1], before)
