@@ -56,6 +56,12 @@ HOSTS: dict[str, dict[str, Any]] = {
         "postgres_limits": {"memory": "3g"},
         "postgres_settings": {"max_connections": 50},
     },
+    "external": {
+        "postgres_external": {
+            **{"host": "db.example.com", "port": 6432, "database": "other", "user": "me", "password": "a:b\\c"},
+            "options": {"sslmode": "require"},
+        },
+    },
     "awkward": {
         "dagster_code_servers": {"yes": "1", "a: b, {c} #d": "e"},
         "dagster_code_locations": [
@@ -85,6 +91,7 @@ OVERRIDDEN = {
 }
 UNITS = {host: {"dagster-code", "dagster-daemon", "dagster-postgres", "dagster-webserver"} for host in HOSTS}
 UNITS["overridden"] |= {"dagster-code-sales", "dagster-code-examples"}
+UNITS["external"] -= {"dagster-postgres"}
 WRITTEN = AWKWARD.replace("{{'{{'}}", "{{")
 CHECK = """
 import json, pathlib, sys
@@ -132,11 +139,22 @@ def playbook() -> list[dict[str, Any]]:
     tasks = [render(templates / f"{name}.j2", name) for name in ("dagster.yaml", "workspace.yaml")]
     unit = ROOT / "roles" / "service" / "templates" / "container.service.j2"
     for include in (task for role in ROLES for task in role_tasks(role) if task.module == "include_role"):
-        handed = {name: include.content[name] for name in ("vars", "loop", "loop_control") if name in include.content}
+        handed = {
+            name: include.content[name] for name in ("vars", "loop", "loop_control", "when") if name in include.content
+        }
         tasks.append(render(unit, "{{ service_name }}.service", **handed))
     secrets = "{{ __code_location_secret_files }}"
     tasks.append(write("{{ item.content }}", "secrets-{{ item.path | basename }}", loop=secrets))
     tasks.append(write("{{ service_units | to_json }}", "wanted.json"))
+    (passfile,) = [
+        file["content"]
+        for task in role_tasks("postgres")
+        if task.module == "host_files"
+        for file in task.arguments["files"]
+        if "postgres_passfile" in file["path"]
+    ]
+    password = {"__postgres_password": {"content": "b3Blbg=="}}
+    tasks.append(write(passfile, "passfile", vars=password))
     return [{"hosts": "all", "gather_facts": True, "gather_subset": ["!all", "!min", "hardware"], "tasks": tasks}]
 
 
@@ -298,6 +316,7 @@ def test_description_of_a_location_reaches_its_unit(rendered: Path) -> None:
     unit = rendered / "overridden" / "dagster-code-sales.service"
     command = words(unit, "ExecStart")
     assert command[command.index("data-platform/code-sales:0123456789ab") + 1 :] == [
+        *("python", "-m", "data_platform_runtime.with_database"),
         *("python", "-m", "data_platform_runtime.with_secrets", "/etc/data-platform/secrets/code/sales.json"),
         *("dagster", "api", "grpc", "--host=0.0.0.0", "--port=4000", "--location-name=sales"),
         *("--working-directory=/opt/data-platform/code/src", "--module-name=sales.definitions"),
@@ -313,6 +332,22 @@ def test_location_that_asks_for_little_gets_nothing_more(rendered: Path) -> None
     assert environment_of(unit)["HOME"] == "/elsewhere"
     assert environment_of(unit.with_stem("dagster-code-sales"))["HOME"] == "/tmp"
     assert re.findall("with_secrets|/secrets/code|--cpus|type=volume", unit.read_text()) == []
+
+
+def test_database_is_reached_where_it_is(rendered: Path) -> None:
+    addresses = {
+        "plain": "postgresql://dagster@dagster-postgres:5432/dagster",
+        "external": "postgresql://me@db.example.com:6432/other?sslmode=require",
+    }
+    for host, address in addresses.items():
+        for unit in ("dagster-webserver", "dagster-daemon", "dagster-code"):
+            assert environment_of(rendered / host / f"{unit}.service")["DATA_PLATFORM_METADATA"] == address
+        assert yaml.safe_load((rendered / host / "dagster.yaml").read_text())["storage"]["postgres"] == {
+            "postgres_url": address
+        }
+        assert ("dagster-postgres" in (rendered / host / "dagster-daemon.service").read_text()) == (host == "plain")
+    assert (rendered / "plain" / "passfile").read_text() == "dagster-postgres:5432:dagster:dagster:open\n"
+    assert (rendered / "external" / "passfile").read_text() == "db.example.com:6432:other:me:a\\:b\\\\c\n"
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ OF_ANOTHER_SOURCE = {  # of images; the scenario has one, and default's test_ima
     "images_registry_image",
     "images_registry_password",
     "images_registry_username",
+    "postgres_external",  # units has it
 }
 INCLUDES = [task for task in all_tasks() if task.module == "include_role"]
 INVENTORY_FILES = [

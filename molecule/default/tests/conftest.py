@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,17 @@ class Platform:
             "--tuples-only --no-align --command=%s",
             query,
         ).splitlines()
+
+
+@pytest.fixture(scope="session")
+def record(pytestconfig: pytest.Config) -> Iterator[Callable[..., None]]:
+    """Take note of what was done, how many seconds it took, and what was lost; printed as a table in the end."""
+    rows: list[tuple[str, float, str]] = []
+    yield lambda fault, seconds, lost="": rows.append((fault, seconds, lost))
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n\n| fault | seconds until ready | lost |\n|---|---|---|")
+        for fault, seconds, lost in rows:
+            print(f"| {fault} | {seconds:.1f} | {lost} |")
 
 
 @pytest.fixture(scope="module")

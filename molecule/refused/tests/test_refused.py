@@ -170,6 +170,7 @@ HOSTS = {
             env: {NOTHING: , NUMBER: 1}
             secrets: {LIST: [a], TOKEN: a}
             limits: {memory: 2 GB, cpus: two}
+        postgres_external: {host: db.example.com}
         postgres_limits: {memory: 100m}
         dagster_daemon_limits: {memory: 2g, prios: 5}
         """,
@@ -181,6 +182,7 @@ HOSTS = {
             r"images_registry_ca is /etc/hostname, which is no file with certificates .*: correct it\.",
             r"A code location has no plain value for NOTHING and LIST \(env or secrets\): .*",
             r"Docker does not understand limits, memory of core: 2 GB and cpus of core: two: .*",
+            r"postgres_external names no server that can be logged in to: give it host and password, or leave it out\.",
             r"No service starts with so little memory, memory of postgres_limits: 100m: give it 256m or more\.",
             r"dagster_daemon_limits has no option prios.*",
             r"docker_repository_key is nowhere\.asc, which is no file with a key .*: correct it\.",

@@ -33,7 +33,7 @@ SLICE = "dagster.slice"
 LABEL = "data-platform.made-of"
 
 LONGEST_WAIT = 30  # seconds between two attempts to start what fails at once
-STABLE = 60  # seconds after which a failure is the first one
+STABLE = 20  # seconds from one start to the next after which a failure is the first one
 
 
 class Failure(Exception):
