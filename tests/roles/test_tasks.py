@@ -30,6 +30,7 @@ READING = [
     "getent",
     "grep",
     "ls",
+    "nft list",
     "systemctl is-active",
     "systemctl is-enabled",
     "ssh -V",
