@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, module_at
 
 PROGRAM = ROOT / "roles/retention/files/retention.py"
+RUNS = "/usr/local/lib/data-platform/unfinished-runs"
 CODE = "data-platform/code"
 BASE = "data-platform/base"
 
@@ -25,15 +26,15 @@ class Engine:
     def __call__(self, *command: str) -> str:
         """Do what one command line of docker's says."""
         self.calls.append(" ".join(command))
+        if command == (RUNS,):
+            if self.runs is None:
+                raise self.program.Failure(f"'{RUNS}' failed: connection refused")
+            return "".join(f"{number} QUEUED {name} {name}\n" for number, name in enumerate(self.runs))
         match command[1:]:
             case ("image", "ls", *_):
                 return "".join(f"{reference} {image}\n" for reference, image in self.images.items())
             case ("container", "ls", *_):
                 return "".join(f"{name}\n" for name in self.containers)
-            case ("exec", "dagster-daemon", "python", *_):
-                if self.runs is None:
-                    raise self.program.Failure("'docker exec dagster-daemon' failed: connection refused")
-                return "".join(f"{name}\n" for name in self.runs)
             case ("image", "tag", image, reference):
                 self.images[reference] = self.images.get(image, image)
             case ("image", "rm", *references):
@@ -47,7 +48,7 @@ class Engine:
 
     def changes(self) -> list[str]:
         """Give the calls that change something."""
-        return [call for call in self.calls if " ls " not in call and " exec " not in call]
+        return [call for call in self.calls if " ls " not in call and call != RUNS]
 
     def of(self, repository: str) -> dict[str, str]:
         """Give the IDs of a repository's images by tag, without the digest's name."""
@@ -73,7 +74,7 @@ def retention(engine: Engine, capsys: pytest.CaptureFixture) -> Callable[..., li
 
     def call(*arguments: str) -> list[str]:
         engine.calls.clear()
-        assert engine.program.main(list(arguments)) == 0, capsys.readouterr().err
+        assert engine.program.main(["--runs", RUNS, *arguments]) == 0, capsys.readouterr().err
         return capsys.readouterr().out.splitlines()
 
     return call
@@ -127,17 +128,17 @@ def test_repository_that_no_service_has_goes(engine: Engine, retention: Callable
 
 def test_nothing_is_removed_when_the_database_does_not_answer(engine: Engine, capsys: pytest.CaptureFixture) -> None:
     engine.runs = None
-    assert engine.program.main([f"{BASE}:b1", f"{CODE}:c3"]) == 1
+    assert engine.program.main(["--runs", RUNS, f"{BASE}:b1", f"{CODE}:c3"]) == 1
     assert set(engine.of(CODE)) == {"c1", "c2", "c3", "current"}
     assert capsys.readouterr().err == (
         "No image was removed, because the metadata database does not say which ones queued runs need: "
         "see 'journalctl -u dagster-postgres -u dagster-daemon', and run the playbook again "
-        "('docker exec dagster-daemon' failed: connection refused).\n"
+        f"('{RUNS}' failed: connection refused).\n"
     )
 
 
 def test_missing_image_of_now_is_named(engine: Engine, capsys: pytest.CaptureFixture) -> None:
-    assert engine.program.main([f"{BASE}:b1", f"{CODE}:c4"]) == 1
+    assert engine.program.main(["--runs", RUNS, f"{BASE}:b1", f"{CODE}:c4"]) == 1
     assert capsys.readouterr().err == (
         f"No image was removed, because {CODE}:c4 is not here: run the playbook again.\n"
     )

@@ -39,6 +39,7 @@ Reload={reload}
 User={user}
 Data={data}
 """
+BRIDGE = "com.docker.network.bridge.name"
 IMAGES = '["some/image:1"] sha256:aaa\n'
 NAMES = ["dagster-a", "dagster-b", "dagster-c"]
 USER = 4321
@@ -68,6 +69,7 @@ class Machine:
         self.answers: dict[str, tuple[int, str, str]] = {}
         self.answer("docker image inspect", IMAGES)
         self.answer("systemctl show", "NRestarts=0\nNeedDaemonReload=no\nExecMainStartTimestamp=@100.5\n")
+        self.answer("docker network inspect", f"map[{BRIDGE}:net]\n")
         self.answer("systemctl is-active", "active\n" * 3)
         self.answer("systemctl is-enabled", "enabled\n" * 3)
         self.containers({name: ("true", self.made_of(name)) for name in NAMES})
@@ -188,7 +190,10 @@ def test_what_a_container_reads_again_is_not_what_it_is_made_of(machine: Machine
 def test_prepare_clears_the_way_and_writes_down_what_is_started(machine: Machine) -> None:
     machine.answer("docker network inspect", code=1)
     assert machine.program.main(["prepare", "dagster-a"]) == 0
-    assert machine.changes() == ["docker rm --force --volumes dagster-a", "docker network create net"]
+    assert machine.changes() == [
+        "docker rm --force --volumes dagster-a",
+        f"docker network create --opt {BRIDGE}=net net",
+    ]
     assert (machine.runtime / "dagster-a" / "labels").read_text().splitlines() == [
         f"data-platform.made-of={machine.made_of()}",
     ]
@@ -269,6 +274,14 @@ def test_prepare_leaves_the_network_that_is_there(machine: Machine) -> None:
     assert machine.calls("docker network create") == []
 
 
+def test_prepare_names_the_bridge_of_a_network_that_has_another(machine: Machine) -> None:
+    machine.answer("docker network inspect", "map[]\n")
+    machine.answer("docker network rm", code=1, err="network net has active endpoints")
+    machine.answer("docker network create", code=1, err="network with name net already exists")
+    assert machine.program.main(["prepare", "dagster-a"]) == 0
+    assert machine.changes()[1:] == ["docker network rm net", f"docker network create --opt {BRIDGE}=net net"]
+
+
 def test_prepare_takes_the_network_that_another_unit_was_faster_to_make(machine: Machine) -> None:
     machine.answer("docker network inspect", code=1)
     machine.answer("docker network create", code=1, err="network with name net already exists")
@@ -288,12 +301,13 @@ def test_prepare_takes_the_network_that_another_unit_was_faster_to_make(machine:
             '["some/image:10"] sha256:aaa\n',
             "dagster-a needs the image some/image:1, which is not",
         ),
-        ("docker network", "", "The network net cannot be made: no driver"),
+        ("docker network create", "", "The network net cannot be made: no driver"),
     ],
 )
 def test_prepare_says_what_is_missing(
     command: str, answer: str, sentence: str, machine: Machine, capsys: pytest.CaptureFixture
 ) -> None:
+    machine.answer("docker network inspect", code=1)
     machine.answer(command, answer, code=1, err="no driver")
     assert machine.program.main(["prepare", "dagster-a"]) == 1
     assert sentence in capsys.readouterr().err

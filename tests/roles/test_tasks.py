@@ -11,6 +11,7 @@ from conftest import ROLES, ROOT, Task, all_tasks, role_files, strings
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")
 READING = [
+    "{{ docker_busy_command }}",
     "awk",
     "command -v",
     "df",
@@ -30,6 +31,7 @@ READING = [
     "getent",
     "grep",
     "ls",
+    "nft list",
     "systemctl is-active",
     "systemctl is-enabled",
     "ssh -V",

@@ -11,9 +11,9 @@ PASSWORD = "se:same\\"
 EXTERNAL = {"host": "elsewhere", "port": 6000, "database": "keeper", "user": "keeper", "password": PASSWORD}
 OPTIONS = {"options": {"application_name": "from afar"}}
 SERVER = """
-install --mode=444 /dev/stdin /root/elsewhere
+install --mode=444 /dev/stdin /var/tmp/elsewhere
 docker run --detach --name elsewhere --network data-platform --tmpfs /tmp:mode=1777 --env DATABASE=keeper \\
-    --env PASSWORD_FILE=/elsewhere --env PGDATA=/tmp/data --volume /root/elsewhere:/elsewhere:ro \\
+    --env PASSWORD_FILE=/elsewhere --env PGDATA=/tmp/data --volume /var/tmp/elsewhere:/elsewhere:ro \\
     "$(docker inspect --format '{{.Config.Image}}' dagster-postgres)" start-postgres -c port=6000
 """
 ASK = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'from afar'; SELECT count(*) FROM runs"
@@ -22,7 +22,7 @@ ASK = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'from afar
 @pytest.fixture
 def server(host: Any, play: Callable[..., int]) -> Iterator[None]:
     """A server that is not the platform's; afterwards all is as before."""
-    host.check_output("printf %%s %s | (cat > /root/password; sh -c %s < /root/password)", PASSWORD, SERVER)
+    host.check_output("printf %%s %s | (cat > /var/tmp/password; sh -c %s < /var/tmp/password)", PASSWORD, SERVER)
     yield
     play()
     host.check_output("docker rm --force --volumes elsewhere")

@@ -48,15 +48,15 @@ def broken(host: Any) -> Iterator[Callable[[str, str], None]]:
     changed = []
 
     def change(path: str, expression: str) -> None:
-        host.check_output("cp --archive %s /root/kept.%s", path, str(len(changed)))
+        host.check_output("cp --archive %s /var/tmp/kept.%s", path, str(len(changed)))
         changed.append(path)
-        host.check_output("sed %s %s > /root/new && cat /root/new > %s", expression, path, path)
-        assert host.run("cmp --silent /root/new /root/kept.%s", str(len(changed) - 1)).rc == 1
+        host.check_output("sed %s %s > /var/tmp/new && cat /var/tmp/new > %s", expression, path, path)
+        assert host.run("cmp --silent /var/tmp/new /var/tmp/kept.%s", str(len(changed) - 1)).rc == 1
         host.check_output("systemctl daemon-reload")
 
     yield change
     for number, path in enumerate(changed):
-        host.check_output("mv /root/kept.%s %s", str(number), path)
+        host.check_output("mv /var/tmp/kept.%s %s", str(number), path)
     host.check_output("systemctl daemon-reload && systemctl restart 'dagster-*' --all")
 
 

@@ -1,12 +1,13 @@
 #!/usr/bin/python3
 """Removes old images of the platform: standard library only.
 
-    retention.py [--check] [--build-cache SIZE] IMAGE…
+    retention.py [--check] [--build-cache SIZE] --runs PROGRAM IMAGE…
 
 Each IMAGE is the one that services now run with, of its repository data-platform/NAME. It is tagged current there, and
 the one before it previous. All other images data-platform/… go, except those that a container, running or stopped, or
-an unfinished run names. If something was tagged or removed, so do untagged images of the platform, and the build cache
-beyond SIZE. Prints a line for each thing done.
+an unfinished run names: PROGRAM prints a line for each of these runs, its ID, its status, its images. If something was
+tagged or removed, so do untagged images of the platform, and the build cache beyond SIZE. Prints a line for each thing
+done.
 """
 
 from __future__ import annotations
@@ -17,19 +18,6 @@ import sys
 
 LABEL = "data-platform.refresh"
 """Label of the base image, which all that are built on it inherit."""
-
-UNFINISHED = """
-import os, psycopg2
-with psycopg2.connect(os.environ["DATA_PLATFORM_METADATA"], connect_timeout=10) as connection:
-    cursor = connection.cursor()
-    cursor.execute(r'''
-        SELECT DISTINCT (regexp_matches(run_body, 'data-platform/[a-z0-9._-]+:[0-9a-f]+', 'g'))[1] FROM runs
-        WHERE status IN ('NOT_STARTED', 'QUEUED', 'MANAGED', 'STARTING', 'STARTED', 'CANCELING')
-    ''')
-    for row in cursor:
-        print(row[0])
-"""
-"""Prints the images that unfinished runs name; runs in the daemon's container, which knows the database."""
 
 
 class Failure(Exception):
@@ -62,14 +50,17 @@ def in_containers() -> set[str]:
     return set(run("docker", "container", "ls", "--all", "--no-trunc", "--format", "{{.Image}}").split())
 
 
-def in_unfinished_runs() -> set[str]:
+def in_unfinished_runs(program: str) -> set[str]:
     """References of the images that unfinished runs name.
+
+    Args:
+        program: What prints a line for each such run.
 
     Raises:
         Failure: The metadata database does not answer.
     """
     try:
-        return set(run("docker", "exec", "dagster-daemon", "python", "-c", UNFINISHED).split())
+        return {image for line in run(program).splitlines() for image in line.split()[2:]}
     except Failure as failure:
         raise Failure(
             "No image was removed, because the metadata database does not say which ones queued runs need: "
@@ -108,12 +99,13 @@ def excess(found: dict[str, str], wanted: list[str], named: set[str]) -> list[st
     return [reference for reference, image in found.items() if image not in needed]
 
 
-def retain(wanted: list[str], build_cache: str, check: bool) -> list[str]:
+def retain(wanted: list[str], build_cache: str, runs: str, check: bool) -> list[str]:
     """Tag the images of now and before, and remove all that nothing needs.
 
     Args:
         wanted: References of the images of now.
         build_cache: Size that the build cache may have, as Docker takes it.
+        runs: Program that prints a line for each unfinished run.
         check: Only say what would be done.
 
     Returns:
@@ -133,7 +125,7 @@ def retain(wanted: list[str], build_cache: str, check: bool) -> list[str]:
             run("docker", "image", "tag", image, tag)
     old = excess(found, wanted, set())
     if old:
-        old = excess(found, wanted, in_containers() | in_unfinished_runs())
+        old = excess(found, wanted, in_containers() | in_unfinished_runs(runs))
     if old and not check:
         run("docker", "image", "rm", *old)
     if (tags or old) and not check:
@@ -147,10 +139,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="retention.py", description="Removes old images of the platform.")
     parser.add_argument("--check", action="store_true", help="only say what would be done")
     parser.add_argument("--build-cache", default="4GB", metavar="SIZE", help="build cache that may stay (default: 4GB)")
+    parser.add_argument("--runs", required=True, metavar="PROGRAM", help="what prints a line for each unfinished run")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image that services now run with")
     options = parser.parse_args(arguments)
     try:
-        for line in retain(options.images, options.build_cache, options.check):
+        for line in retain(options.images, options.build_cache, options.runs, options.check):
             print(line)
     except Failure as failure:
         print(failure, file=sys.stderr)

@@ -120,8 +120,13 @@ def prepare(unit: Unit) -> None:
         run("docker", "version")
         raise Failure(f"{unit.name} needs the image {unit.image}, which is not on this host: run the playbook again.")
     run("docker", "rm", "--force", "--volumes", unit.name, check=False)
-    if run("docker", "network", "inspect", unit.network, check=False).returncode:
-        created = run("docker", "network", "create", unit.network, check=False)
+    bridge = f"com.docker.network.bridge.name={unit.network}"
+    found = run("docker", "network", "inspect", "--format", "{{.Options}}", unit.network, check=False)
+    unnamed = not found.returncode and bridge.replace("=", ":") not in found.stdout
+    if unnamed:  # by an older version; it stays while others use it
+        run("docker", "network", "rm", unit.network, check=False)
+    if found.returncode or unnamed:
+        created = run("docker", "network", "create", "--opt", bridge, unit.network, check=False)
         if created.returncode and "already exists" not in created.stderr:
             raise Failure(f"The network {unit.network} cannot be made: {created.stderr.strip()}")
     for path in unit.data:
