@@ -74,7 +74,7 @@ def retention(engine: Engine, capsys: pytest.CaptureFixture) -> Callable[..., li
 
     def call(*arguments: str) -> list[str]:
         engine.calls.clear()
-        assert engine.program.main(["--runs", RUNS, *arguments]) == 0, capsys.readouterr().err
+        assert engine.program.main(list(arguments)) == 0, capsys.readouterr().err
         return capsys.readouterr().out.splitlines()
 
     return call
@@ -128,7 +128,7 @@ def test_repository_that_no_service_has_goes(engine: Engine, retention: Callable
 
 def test_nothing_is_removed_when_the_database_does_not_answer(engine: Engine, capsys: pytest.CaptureFixture) -> None:
     engine.runs = None
-    assert engine.program.main(["--runs", RUNS, f"{BASE}:b1", f"{CODE}:c3"]) == 1
+    assert engine.program.main([f"{BASE}:b1", f"{CODE}:c3"]) == 1
     assert set(engine.of(CODE)) == {"c1", "c2", "c3", "current"}
     assert capsys.readouterr().err == (
         "No image was removed, because the metadata database does not say which ones queued runs need: "
@@ -138,7 +138,7 @@ def test_nothing_is_removed_when_the_database_does_not_answer(engine: Engine, ca
 
 
 def test_missing_image_of_now_is_named(engine: Engine, capsys: pytest.CaptureFixture) -> None:
-    assert engine.program.main(["--runs", RUNS, f"{BASE}:b1", f"{CODE}:c4"]) == 1
+    assert engine.program.main([f"{BASE}:b1", f"{CODE}:c4"]) == 1
     assert capsys.readouterr().err == (
         f"No image was removed, because {CODE}:c4 is not here: run the playbook again.\n"
     )

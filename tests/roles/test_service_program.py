@@ -69,7 +69,7 @@ class Machine:
         self.answers: dict[str, tuple[int, str, str]] = {}
         self.answer("docker image inspect", IMAGES)
         self.answer("systemctl show", "NRestarts=0\nNeedDaemonReload=no\nExecMainStartTimestamp=@100.5\n")
-        self.answer("docker network inspect", f"map[{BRIDGE}:net]\n")
+        self.answer("docker network inspect", "net\n")
         self.answer("systemctl is-active", "active\n" * 3)
         self.answer("systemctl is-enabled", "enabled\n" * 3)
         self.containers({name: ("true", self.made_of(name)) for name in NAMES})
@@ -275,11 +275,21 @@ def test_prepare_leaves_the_network_that_is_there(machine: Machine) -> None:
 
 
 def test_prepare_names_the_bridge_of_a_network_that_has_another(machine: Machine) -> None:
-    machine.answer("docker network inspect", "map[]\n")
+    machine.answer("docker network inspect", "\n")
     machine.answer("docker network rm", code=1, err="network net has active endpoints")
     machine.answer("docker network create", code=1, err="network with name net already exists")
     assert machine.program.main(["prepare", "dagster-a"]) == 0
     assert machine.changes()[1:] == ["docker network rm net", f"docker network create --opt {BRIDGE}=net net"]
+
+
+def test_all_units_stop_for_a_network_whose_bridge_has_another_name(machine: Machine) -> None:
+    machine.answer("docker network inspect", "\n")
+    assert machine.converge() == 0
+    names = " ".join(NAMES)
+    assert [call for call in machine.changes() if "reload" not in call] == [
+        f"systemctl stop {names}",
+        f"systemctl restart {names}",
+    ]
 
 
 def test_prepare_takes_the_network_that_another_unit_was_faster_to_make(machine: Machine) -> None:

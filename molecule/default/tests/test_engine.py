@@ -15,7 +15,7 @@ import dagster as dg
 
 @dg.op
 def wait() -> None:
-    time.sleep(150)
+    time.sleep(200)
 
 @dg.job
 def slow() -> None:

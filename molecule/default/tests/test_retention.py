@@ -11,7 +11,6 @@ import yaml
 from conftest import ROOT, Platform
 
 CODE = "data-platform/code-core"
-RUNS = "/usr/local/lib/data-platform/unfinished-runs"
 SLOTS = 'mutation($count: Int!) { setConcurrencyLimit(concurrencyKey: "duckdb", limit: $count) }'
 
 
@@ -82,7 +81,7 @@ def test_only_what_something_needs_stays(
     assert platform.finished(queued) == "SUCCESS"
     host.check_output("docker rm stopped")
     now = "$(docker image ls --filter reference=data-platform/*:current --format '{{.Repository}}:{{.Tag}}')"
-    removed = host.check_output(f"/usr/local/lib/data-platform/retention.py --runs {RUNS} {now}").splitlines()
+    removed = host.check_output(f"/usr/local/lib/data-platform/retention.py {now}").splitlines()
     assert [line.split(":")[0] for line in removed] == [f"removed {CODE}"]
     assert set(tags(host, CODE).values()) == {first, third}
     assert tags(host, "data-platform/dagster") == shared

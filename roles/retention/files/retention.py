@@ -1,13 +1,12 @@
 #!/usr/bin/python3
 """Removes old images of the platform: standard library only.
 
-    retention.py [--check] [--build-cache SIZE] --runs PROGRAM IMAGE…
+    retention.py [--check] [--build-cache SIZE] IMAGE…
 
 Each IMAGE is the one that services now run with, of its repository data-platform/NAME. It is tagged current there, and
 the one before it previous. All other images data-platform/… go, except those that a container, running or stopped, or
-an unfinished run names: PROGRAM prints a line for each of these runs, its ID, its status, its images. If something was
-tagged or removed, so do untagged images of the platform, and the build cache beyond SIZE. Prints a line for each thing
-done.
+an unfinished run names. If something was tagged or removed, so do untagged images of the platform, and the build cache
+beyond SIZE. Prints a line for each thing done.
 """
 
 from __future__ import annotations
@@ -18,6 +17,10 @@ import sys
 
 LABEL = "data-platform.refresh"
 """Label of the base image, which all that are built on it inherit."""
+
+
+RUNS = "/usr/local/lib/data-platform/unfinished-runs"
+"""Prints a line for each unfinished run: its ID, its status, the images that it names."""
 
 
 class Failure(Exception):
@@ -50,17 +53,14 @@ def in_containers() -> set[str]:
     return set(run("docker", "container", "ls", "--all", "--no-trunc", "--format", "{{.Image}}").split())
 
 
-def in_unfinished_runs(program: str) -> set[str]:
+def in_unfinished_runs() -> set[str]:
     """References of the images that unfinished runs name.
-
-    Args:
-        program: What prints a line for each such run.
 
     Raises:
         Failure: The metadata database does not answer.
     """
     try:
-        return {image for line in run(program).splitlines() for image in line.split()[2:]}
+        return {image for line in run(RUNS).splitlines() for image in line.split()[2:]}
     except Failure as failure:
         raise Failure(
             "No image was removed, because the metadata database does not say which ones queued runs need: "
@@ -99,13 +99,12 @@ def excess(found: dict[str, str], wanted: list[str], named: set[str]) -> list[st
     return [reference for reference, image in found.items() if image not in needed]
 
 
-def retain(wanted: list[str], build_cache: str, runs: str, check: bool) -> list[str]:
+def retain(wanted: list[str], build_cache: str, check: bool) -> list[str]:
     """Tag the images of now and before, and remove all that nothing needs.
 
     Args:
         wanted: References of the images of now.
         build_cache: Size that the build cache may have, as Docker takes it.
-        runs: Program that prints a line for each unfinished run.
         check: Only say what would be done.
 
     Returns:
@@ -125,7 +124,7 @@ def retain(wanted: list[str], build_cache: str, runs: str, check: bool) -> list[
             run("docker", "image", "tag", image, tag)
     old = excess(found, wanted, set())
     if old:
-        old = excess(found, wanted, in_containers() | in_unfinished_runs(runs))
+        old = excess(found, wanted, in_containers() | in_unfinished_runs())
     if old and not check:
         run("docker", "image", "rm", *old)
     if (tags or old) and not check:
@@ -139,11 +138,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="retention.py", description="Removes old images of the platform.")
     parser.add_argument("--check", action="store_true", help="only say what would be done")
     parser.add_argument("--build-cache", default="4GB", metavar="SIZE", help="build cache that may stay (default: 4GB)")
-    parser.add_argument("--runs", required=True, metavar="PROGRAM", help="what prints a line for each unfinished run")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image that services now run with")
     options = parser.parse_args(arguments)
     try:
-        for line in retain(options.images, options.build_cache, options.runs, options.check):
+        for line in retain(options.images, options.build_cache, options.check):
             print(line)
     except Failure as failure:
         print(failure, file=sys.stderr)

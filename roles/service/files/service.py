@@ -31,6 +31,7 @@ RUNTIME = Path("/run")
 JOURNAL = Path("/etc/systemd/journald.conf.d/data-platform.conf")
 SLICE = "dagster.slice"
 LABEL = "data-platform.made-of"
+BRIDGE = "com.docker.network.bridge.name"
 
 LONGEST_WAIT = 30  # seconds between two attempts to start what fails at once
 STABLE = 20  # seconds from one start to the next after which a failure is the first one
@@ -120,13 +121,12 @@ def prepare(unit: Unit) -> None:
         run("docker", "version")
         raise Failure(f"{unit.name} needs the image {unit.image}, which is not on this host: run the playbook again.")
     run("docker", "rm", "--force", "--volumes", unit.name, check=False)
-    bridge = f"com.docker.network.bridge.name={unit.network}"
-    found = run("docker", "network", "inspect", "--format", "{{.Options}}", unit.network, check=False)
-    unnamed = not found.returncode and bridge.replace("=", ":") not in found.stdout
-    if unnamed:  # by an older version; it stays while others use it
+    there = bridge(unit.network)
+    if there not in (None, unit.network):  # as an older version made it; this fails while others use it
         run("docker", "network", "rm", unit.network, check=False)
-    if found.returncode or unnamed:
-        created = run("docker", "network", "create", "--opt", bridge, unit.network, check=False)
+    if there != unit.network:
+        option = f"{BRIDGE}={unit.network}"
+        created = run("docker", "network", "create", "--opt", option, unit.network, check=False)
         if created.returncode and "already exists" not in created.stderr:
             raise Failure(f"The network {unit.network} cannot be made: {created.stderr.strip()}")
     for path in unit.data:
@@ -155,6 +155,16 @@ def back_off(unit: Unit, again: bool) -> None:
     count = int(tries.read_text()) + 1 if soon else 0
     time.sleep(min(max(2**count - 2, 0), LONGEST_WAIT))
     tries.write_text(str(count))
+
+
+def bridge(network: str) -> str | None:
+    """Name that was given to the bridge of a network, or None if there is no such network.
+
+    The firewall knows the bridge by the network's name.
+    """
+    form = '{{index .Options "' + BRIDGE + '"}}'
+    found = run("docker", "network", "inspect", "--format", form, network, check=False)
+    return None if found.returncode else found.stdout.strip()
 
 
 def provide(path: Path, user: int) -> None:
@@ -225,10 +235,13 @@ def converge(wanted: list[str], check: bool) -> list[str]:
     active = run("systemctl", "is-active", *names, check=False).stdout.split()
     enabled = run("systemctl", "is-enabled", *names, check=False).stdout.split()
     ids = image_ids(units)
+    misnamed = {network for network in {unit.network for unit in units} if bridge(network) not in (None, network)}
     stale = [
         unit.name
         for unit, state in zip(units, active, strict=True)
-        if state != "active" or running.get(unit.name) != unit.made_of(ids.get(unit.image, ""))
+        if state != "active"
+        or running.get(unit.name) != unit.made_of(ids.get(unit.image, ""))
+        or unit.network in misnamed
     ]
     outdated = [
         unit.name
@@ -246,6 +259,8 @@ def converge(wanted: list[str], check: bool) -> list[str]:
         run("systemctl", "daemon-reload")
         if disabled:
             run("systemctl", "enable", "--quiet", *disabled)
+        if misnamed:
+            run("systemctl", "stop", *stale)  # all at once, so that the first to start makes the network again
         if stale and run("systemctl", "restart", *stale, check=False).returncode:
             states = run("systemctl", "is-active", *stale, check=False).stdout.split()
             failed = [name for name, state in zip(stale, states, strict=False) if state != "active"] or stale
