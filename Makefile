@@ -12,7 +12,7 @@ LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-em
 DEV := $(CURDIR)/.dev
 DEV_PORT ?= 3002
 
-.PHONY: help up down shell dev test test-all in-turn meanwhile test-fast lint molecule molecule-default molecule-others lock venv
+.PHONY: help up down shell dev test test-all in-turn meanwhile test-fast lint molecule molecule-default molecule-units molecule-others lock venv
 
 help: ## This text
 	@echo "make <target>"; sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|'
@@ -41,7 +41,7 @@ test: venv .venv-code/.complete ## All checks: fast tests, lint, then Molecule o
 	@time $(MAKE) --jobs=2 in-turn meanwhile
 
 in-turn:
-	@for stage in test-fast lint molecule-default; do echo "== $$stage"; time $(MAKE) $$stage; done
+	@for stage in test-fast lint molecule-default molecule-units; do echo "== $$stage"; time $(MAKE) $$stage; done
 
 meanwhile:
 	@echo "== meanwhile: molecule-others, whose output is in .cache/molecule-others.log"
@@ -64,13 +64,16 @@ lint: venv ## ansible-lint, yamllint, ruff, shellcheck, hadolint
 	@git ls-files -co --exclude-standard '*Dockerfile' | xargs hadolint
 	@ansible-lint --offline --strict
 
-molecule: molecule-default molecule-others ## The playbook on blank hosts, and what those hosts then do
+molecule: molecule-default molecule-units molecule-others ## The playbook on blank hosts, and what those hosts then do
 
 molecule-default: venv
 	@molecule test --no-command-borders
 
+molecule-units: venv
+	@molecule test --scenario-name units --no-command-borders
+
 molecule-others: venv
-	@molecule test --all --exclude default --no-command-borders
+	@molecule test --all --exclude default --exclude units --no-command-borders
 
 lock: venv ## Lock again what requirements/*.in and the image's requirements.in ask for
 	@$(LOCK) --python-version 3.11 --upgrade -o requirements/controller.txt requirements/controller.in
