@@ -65,6 +65,30 @@ def test_code_has_its_environment_secrets_and_limits(host: Any) -> None:
     assert host.check_output("systemctl show --property=TimeoutStopUSec --value dagster-code") == "1min"
 
 
+@pytest.mark.parametrize(
+    ("name", "mebibytes", "cpus", "pids"),
+    [
+        ("dagster-postgres", 300, 0, 250),
+        ("dagster-webserver", 450, 1.5, 512),
+        ("dagster-daemon", 400, 0, 300),
+        ("dagster-code-examples", 1024, 1, 1000),
+    ],
+)
+def test_services_have_their_limits(host: Any, name: str, mebibytes: int, cpus: float, pids: int) -> None:
+    limits = inspect(host, name)["HostConfig"]
+    assert (limits["Memory"], limits["MemorySwap"], limits["NanoCpus"], limits["PidsLimit"]) == (
+        mebibytes * 2**20,
+        mebibytes * 2**20,
+        cpus * 10**9,
+        pids,
+    )
+
+
+def test_journal_has_its_size(host: Any) -> None:
+    said_by_itself = host.check_output("journalctl --boot --unit=systemd-journald --output=cat")
+    assert ", max 200" in said_by_itself.splitlines()[-1]
+
+
 def processes(host: Any) -> str:
     """Give the process of the code server, below its container's init."""
     init = str(inspect(host, "dagster-code")["State"]["Pid"])
