@@ -12,7 +12,7 @@ LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-em
 DEV := $(CURDIR)/.dev
 DEV_PORT ?= 3002
 
-.PHONY: help up down shell dev test test-all in-turn meanwhile test-fast lint molecule molecule-default molecule-others lock venv
+.PHONY: help up down shell dev test test-all in-turn meanwhile test-fast lint molecule molecule-default molecule-others test-vm lock venv
 
 help: ## This text
 	@echo "make <target>"; sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|'
@@ -70,7 +70,10 @@ molecule-default: venv
 	@molecule test --no-command-borders
 
 molecule-others: venv
-	@molecule test --all --exclude default --no-command-borders
+	@molecule test --all --exclude default --exclude vm --no-command-borders
+
+test-vm: venv ## On a virtual machine, which takes half an hour without KVM: docs/vm.md
+	@time molecule test --scenario-name vm --no-command-borders
 
 lock: venv ## Lock again what requirements/*.in and the image's requirements.in ask for
 	@$(LOCK) --python-version 3.11 --upgrade -o requirements/controller.txt requirements/controller.in
