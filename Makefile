@@ -72,7 +72,7 @@ molecule-default: venv
 molecule-others: venv
 	@molecule test --all --exclude default --exclude vm --no-command-borders
 
-test-vm: venv ## On a virtual machine, which takes half an hour without KVM: docs/vm.md
+test-vm: venv ## On a virtual machine, slow without KVM: docs/vm.md
 	@time molecule test --scenario-name vm --no-command-borders
 
 lock: venv ## Lock again what requirements/*.in and the image's requirements.in ask for
