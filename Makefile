@@ -12,7 +12,7 @@ LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-em
 DEV := $(CURDIR)/.dev
 DEV_PORT ?= 3002
 
-.PHONY: help up down shell dev test test-all in-turn meanwhile test-fast lint molecule molecule-default molecule-units molecule-others lock venv
+.PHONY: help up down shell dev test test-all in-turn meanwhile test-fast lint molecule molecule-default molecule-units molecule-others test-vm lock venv
 
 help: ## This text
 	@echo "make <target>"; sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|'
@@ -73,7 +73,10 @@ molecule-units: venv
 	@molecule test --scenario-name units --no-command-borders
 
 molecule-others: venv
-	@molecule test --all --exclude default --exclude units --no-command-borders
+	@molecule test --all --exclude default --exclude units --exclude vm --no-command-borders
+
+test-vm: venv ## On a virtual machine, slow without KVM: docs/vm.md
+	@time molecule test --scenario-name vm --no-command-borders
 
 lock: venv ## Lock again what requirements/*.in and the image's requirements.in ask for
 	@$(LOCK) --python-version 3.11 --upgrade -o requirements/controller.txt requirements/controller.in

@@ -39,12 +39,19 @@ READING = [
     "systemctl show",
     "tail",
     "test",
+    "timeout 10 qemu-system-x86_64 -accel kvm -cpu host -nodefaults -display none -no-reboot -kernel",
     "uname -m",
     "unshare --user --map-root-user --map-auto echo",
     "uv pip compile",
 ]
 WRITING_OPTIONS = {
     "find": {"-delete", "-execdir", "-fls", "-fprint", "-fprint0", "-fprintf", "-ok", "-okdir"},
+    "timeout 10 qemu-system-x86_64 -accel kvm -cpu host -nodefaults -display none -no-reboot -kernel": {
+        "-blockdev",
+        "-drive",
+        "-hda",
+        "-serial",
+    },
     "uv pip compile": {"-o", "--output-file"},
 }
 PROGRAM = "/usr/local/lib/data-platform/container-unit"
