@@ -184,7 +184,7 @@ HOSTS = {
             r"Docker does not understand limits, memory of core: 2 GB and cpus of core: two: .*",
             r"postgres_external names no server that can be logged in to: give it host and password, or leave it out\.",
             r"No service starts with so little memory, memory of postgres_limits: 100m: give it 256m or more\.",
-            r"dagster_daemon_limits has no option prios.*",
+            r"dagster_daemon_limits \(\S+:17\) has no option prios: write pids\.",
             r"docker_repository_key is nowhere\.asc, which is no file with a key .*: correct it\.",
         ],
     ),
