@@ -95,7 +95,7 @@ def test_published_ports_of_others_answer(host: Any, reaches: Callable[[str, str
 def test_play_loads_rules_that_are_gone(host: Any, play: Callable[..., int]) -> None:
     before = host.check_output(f"nft list table {TABLE}")
     host.check_output(f"nft delete table {TABLE}")
-    assert play("--check", "--diff") == 0
+    assert play("--check", "--diff") > 0
     assert host.run(f"nft list table {TABLE}").rc != 0
     assert play() > 0
     assert host.check_output(f"nft list table {TABLE}") == before
