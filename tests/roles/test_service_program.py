@@ -347,6 +347,21 @@ def test_ready_asks_again_until_the_answer_is_yes(machine: Machine, monkeypatch:
     assert 0 < min(pauses) == max(pauses) <= 1
 
 
+def test_ready_asks_a_slow_host_less_often(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAINPID", str(os.getpid()))
+    machine.answer("docker exec", code=1)
+    clock, pauses = iter(range(0, 1000, 5)), []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        machine.answer("docker exec", code=int(len(pauses) < 2))
+
+    monkeypatch.setattr(machine.program.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(machine.program.time, "sleep", pause)
+    assert machine.program.main(["ready", "dagster-a", "ask"]) == 0
+    assert pauses == [5, 5]
+
+
 def test_ready_gives_up_when_the_main_process_is_gone(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

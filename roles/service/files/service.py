@@ -197,16 +197,18 @@ def ready(unit: Unit, command: list[str], interval: float = 0.2) -> None:
     Args:
         unit: The unit that is starting.
         command: What asks the service whether it does its job.
-        interval: Seconds between two attempts.
+        interval: Seconds between two attempts, or as long as an attempt took: a slow host is to start, not to answer.
 
     Raises:
         Failure: The unit's main process has ended.
     """
     main = os.environ.get("MAINPID")
+    asked = time.monotonic()
     while run("docker", "exec", unit.name, *command, check=False).returncode:
         if main and not Path("/proc", main).exists():
             raise Failure(f"{unit.name} ended before it was ready: see 'journalctl -u {unit.name}'.")
-        time.sleep(interval)
+        time.sleep(max(interval, time.monotonic() - asked))
+        asked = time.monotonic()
 
 
 def converge(wanted: list[str], check: bool) -> list[str]:
