@@ -20,6 +20,7 @@ class Engine:
         self.program = program
         self.images = {f"{BASE}:b1": "sha256:b1"} | {f"{CODE}:c{number}": f"sha256:c{number}" for number in (1, 2, 3)}
         self.containers: list[str] = []
+        self.ended: list[str] = []
         self.runs: list[str] | None = []
         self.calls: list[str] = []
 
@@ -34,7 +35,10 @@ class Engine:
             case ("image", "ls", *_):
                 return "".join(f"{reference} {image}\n" for reference, image in self.images.items())
             case ("container", "ls", *_):
-                return "".join(f"{name}\n" for name in self.containers)
+                others = [f"c{number} {name} exited \n" for number, name in enumerate(self.containers)]
+                return "".join(others + [f"r{number} {name} exited run\n" for number, name in enumerate(self.ended)])
+            case ("container", "rm", "--volumes", *ids):
+                self.ended = [name for number, name in enumerate(self.ended) if f"r{number}" not in ids]
             case ("image", "tag", image, reference):
                 self.images[reference] = self.images.get(image, image)
             case ("image", "rm", *references):
@@ -190,3 +194,10 @@ def test_images_without_a_tag_are_left_to_the_engine(monkeypatch: pytest.MonkeyP
     program = module_at(PROGRAM)
     monkeypatch.setattr(program, "run", lambda *_: f"{CODE}:<none> sha256:c0\n{CODE}:c1 sha256:c1\n")
     assert program.images() == {f"{CODE}:c1": "sha256:c1"}
+
+
+def test_container_of_a_run_that_has_ended_goes_with_its_image(engine: Engine) -> None:
+    engine.ended = [f"{CODE}:c1", f"{CODE}:c3"]
+    engine.program.retain([f"{BASE}:b1", f"{CODE}:c3"], "4GB", False)
+    assert engine.ended == [f"{CODE}:c3"]
+    assert "c1" not in engine.of(CODE)

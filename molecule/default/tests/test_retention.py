@@ -44,7 +44,7 @@ def ship(play: Callable[..., int], tmp_path: Path) -> Callable[..., int]:
 def slots(platform: Platform) -> Iterator[Callable[[int], object]]:
     """Set how many slots the pool has that smoke wants; with none, its runs stay queued."""
     yield lambda count: platform.graphql(SLOTS, count=count)
-    platform.graphql('mutation { deleteConcurrencyLimit(concurrencyKey: "duckdb") }')
+    platform.graphql(SLOTS, count=1)
 
 
 @pytest.mark.slow
@@ -80,6 +80,8 @@ def test_only_what_something_needs_stays(
     slots(1)
     assert platform.finished(queued) == "SUCCESS"
     host.check_output("docker rm stopped")
+    host.check_output("/usr/local/lib/data-platform/finished-runs --hours=0 --days=90")
+    assert host.check_output("docker ps --all --quiet --filter label=dagster/run_id") == ""
     now = "$(docker image ls --filter reference=data-platform/*:current --format '{{.Repository}}:{{.Tag}}')"
     removed = host.check_output(f"/usr/local/lib/data-platform/retention.py {now}").splitlines()
     assert [line.split(":")[0] for line in removed] == [f"removed {CODE}"]

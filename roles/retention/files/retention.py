@@ -5,8 +5,8 @@
 
 Each IMAGE is the one that services now run with, of its repository data-platform/NAME. It is tagged current there, and
 the one before it previous. All other images data-platform/… go, except those that a container, running or stopped, or
-an unfinished run names. If something was tagged or removed, so do untagged images of the platform, and the build cache
-beyond SIZE. Prints a line for each thing done.
+an unfinished run names; the container of a run that has ended goes with its image. If something was tagged or removed,
+so do untagged images of the platform, and the build cache beyond SIZE. Prints a line for each thing done.
 """
 
 from __future__ import annotations
@@ -48,9 +48,13 @@ def images() -> dict[str, str]:
     return {reference: found[reference] for reference in sorted(found) if not reference.endswith(":<none>")}
 
 
-def in_containers() -> set[str]:
-    """What the host's containers, running or stopped, name as their images: references, or IDs."""
-    return set(run("docker", "container", "ls", "--all", "--no-trunc", "--format", "{{.Image}}").split())
+def containers() -> tuple[set[str], dict[str, str]]:
+    """What the host's containers name as their images, references or IDs, and the same of ended runs, by container."""
+    form = '{{.ID}} {{.Image}} {{.State}} {{.Label "dagster/run_id"}}'
+    listed = run("docker", "container", "ls", "--all", "--no-trunc", "--format", form)
+    words = [line.split(" ") for line in listed.splitlines()]
+    ended = {id_: image for id_, image, state, of_run in words if of_run and state in ("exited", "dead")}
+    return {image for id_, image, *_ in words if id_ not in ended}, ended
 
 
 def in_unfinished_runs() -> set[str]:
@@ -124,7 +128,11 @@ def retain(wanted: list[str], build_cache: str, check: bool) -> list[str]:
             run("docker", "image", "tag", image, tag)
     old = excess(found, wanted, set())
     if old:
-        old = excess(found, wanted, in_containers() | in_unfinished_runs())
+        named, ended = containers()
+        old = excess(found, wanted, named | in_unfinished_runs())
+        done = [id_ for id_, image in ended.items() if image in {*old, *(found[reference] for reference in old)}]
+        if done and not check:
+            run("docker", "container", "rm", "--volumes", *done)
     if old and not check:
         run("docker", "image", "rm", *old)
     if (tags or old) and not check:
