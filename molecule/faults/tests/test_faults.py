@@ -1,0 +1,199 @@
+"""What may happen while runs work and wait: each ends in success, itself or by its retry, and nothing is lost."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from conftest import ROOT, SERVICES, Platform
+from test_runs import CONTAINER, retries, started, status
+
+slow = pytest.mark.slow
+UNITS = [*SERVICES, "dagster-code-workload", "data-platform-engine"]
+LOADED = {"core": "RepositoryLocation", "workload": "RepositoryLocation"}
+JOURNAL = "/var/lib/data-platform/dagster/journal"
+SCHEDULE = {"scheduleName": "minutely", "repositoryName": "__repository__", "repositoryLocationName": "workload"}
+START = """
+mutation($s: ScheduleSelector!) { startSchedule(scheduleSelector: $s) { __typename ... on PythonError { message } } }
+"""
+KILL_RUN = "kill -KILL $(docker top data-platform-run-{run} -eo pid | tail -n 1)"
+
+
+HEAD = """# What was inflicted on runs, and what they came to
+
+Written by the scenario `faults` (`DATA_PLATFORM_TESTS='slow or not slow' molecule test -s faults`): {}.
+
+Each time there were in progress: a run of 25 s, a run that commits to DuckDB all the while, 20 short runs that wait for
+a place among six, and a schedule that ticks each minute. The columns are seconds, until all services were ready and
+until all runs had succeeded, themselves or by a retry; and whether what DuckDB and PostgreSQL had acknowledged, the
+pool's slots, the ticks, and the containers of runs were as they should be.
+
+| fault | ready | succeeded | DuckDB | PostgreSQL | pool | ticks | containers |
+|---|---|---|---|---|---|---|---|
+"""
+VERSIONS = (
+    "from importlib.metadata import version; print(*(f'{name} {version(name)}' for name in ('dagster', 'duckdb')))"
+)
+
+
+@dataclass
+class Workload:
+    """Runs that are in progress and that wait, and what they are to come to."""
+
+    platform: Platform
+    patient: str
+    writer: str
+    waiting: list[str]
+    lost: list[str] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[str]:
+        """All of them."""
+        return [self.patient, self.writer, *self.waiting]
+
+
+def ready(host: Any, platform: Platform) -> str:
+    """Say whether all is ready, or what is not."""
+    if host.run(f"systemctl is-active {' '.join(UNITS)}").stdout.split() != ["active"] * len(UNITS):
+        return "units"
+    try:
+        return "ready" if platform.locations() == LOADED else "locations"
+    except AssertionError:
+        return "webserver"
+
+
+def ended(platform: Platform, run: str) -> tuple[str, str]:
+    """Give the newest of a run and the runs that tried it again, and its state."""
+    while again := retries(platform, run):
+        run = again[0]["runId"]
+    return run, status(platform, run)
+
+
+def succeeds(platform: Platform, run: str, seconds: int = 240) -> None:
+    """Assert that a run ends in success, itself or by a retry."""
+    deadline = time.monotonic() + seconds
+    while (last := ended(platform, run))[1] != "SUCCESS":
+        assert time.monotonic() < deadline, f"{run} came to {last} in {seconds} s"
+        time.sleep(1)
+
+
+def invariants(host: Any, workload: Workload) -> None:
+    """Assert what must hold after whatever happened.
+
+    Raises:
+        AssertionError: A run is lost, or a row, a tick, a slot, a unit.
+    """
+    platform = workload.platform
+    for run in workload.runs:
+        succeeds(platform, run)
+    platform.wait(
+        lambda: platform.postgres(
+            "SELECT count(*) FROM runs WHERE status IN ('STARTING', 'STARTED', 'CANCELING', 'QUEUED')"
+        )[0],
+        {"0"},
+        120,
+    )
+    acknowledged = {tuple(line.split()) for line in host.check_output("cat %s", JOURNAL).splitlines()}
+    tables = [
+        {(writer, str(number)) for writer, number in platform.duckdb(f"select * from workload.{table}")}
+        for table in ("left_hand", "right_hand")
+    ]
+    assert tables[0] == tables[1], "half a transaction"
+    assert acknowledged <= tables[0], f"lost: {acknowledged - tables[0]}"
+    check = "docker exec dagster-postgres pg_amcheck --username=postgres --install-missing --all"
+    assert host.check_output(check) == ""
+    platform.wait(
+        lambda: platform.postgres("SELECT count(*) FROM concurrency_slots WHERE run_id IS NOT NULL")[0], {"0"}, 30
+    )
+    doubled = (
+        "SELECT count(*) FROM (SELECT 1 FROM job_ticks GROUP BY selector_id, timestamp HAVING count(*) > 1) AS twice"
+    )
+    assert platform.postgres(doubled) == ["0"]
+    finished = set(platform.postgres("SELECT run_id FROM runs WHERE status IN ('SUCCESS', 'FAILURE', 'CANCELED')"))
+    alive = host.check_output(
+        "docker ps --filter label=dagster/run_id --format '{{.Label \"dagster/run_id\"}}'"
+    ).split()
+    assert not finished & set(alive)
+    assert ready(host, platform) == "ready"
+    assert host.check_output("systemctl --failed --plain --no-legend") == ""
+
+
+@pytest.fixture(scope="module")
+def table(host: Any) -> Iterator[list[str]]:
+    """Rows of docs/faults.md, which is written when every fault was inflicted."""
+    rows: list[str] = []
+    yield rows
+    if len(rows) == len(FAULTS):
+        versions = host.check_output("docker exec dagster-code python -c %s", VERSIONS)
+        engine = host.check_output("docker version --format '{{.Server.Version}}'")
+        told = f"{datetime.now(tz=UTC):%Y-%m-%d}, {os.cpu_count()} processors, Docker {engine}, {versions}"
+        (ROOT / "docs/faults.md").write_text(HEAD.format(told) + "".join(rows))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ticking(platform: Platform) -> None:
+    """A schedule that ticks each minute."""
+    assert platform.graphql(START, s=SCHEDULE)["startSchedule"]["__typename"] == "ScheduleStateResult"
+
+
+@pytest.fixture
+def workload(host: Any, platform: Platform) -> Iterator[Workload]:
+    """Two runs in progress, and twenty short ones that were launched at once."""
+    platform.wait(lambda: ready(host, platform), {"ready"}, 60)
+    patient = platform.launch("patient", location="workload", config={"wait": {"seconds": 25}})
+    writer = platform.launch("writer", location="workload", config={"write": {"transactions": 60, "pause": 0.2}})
+    started(platform, patient)
+    started(platform, writer)
+    waiting = [platform.launch("patient", location="workload", config={"wait": {"seconds": 0.1}}) for _ in range(20)]
+    yield Workload(platform, patient, writer, waiting)
+
+
+FAULTS = [
+    *[
+        pytest.param(f"docker kill {name}", id=f"{name} killed", marks=[slow][: name != "dagster-daemon"])
+        for name in SERVICES
+    ],
+    pytest.param("systemctl kill --signal=KILL data-platform-engine", id="proxy killed", marks=slow),
+    pytest.param(
+        "systemctl stop data-platform-engine; sleep 30; systemctl start data-platform-engine", id="proxy down for 30 s"
+    ),
+    pytest.param(KILL_RUN.format(run="{patient}"), id="process of a run killed", marks=slow),
+    pytest.param(f"docker kill {CONTAINER.format('{patient}')}", id="container of a run killed"),
+    pytest.param(KILL_RUN.format(run="{writer}"), id="writer killed in mid-transaction"),
+    pytest.param(
+        f"docker kill {CONTAINER.format('{patient}')} dagster-code-workload", id="run and code server killed together"
+    ),
+    *[
+        pytest.param(
+            f"systemctl stop dagster-postgres; sleep {seconds}; systemctl start dagster-postgres",
+            id=f"PostgreSQL down for {seconds} s",
+            marks=[slow][: seconds != 8],
+        )
+        for seconds in (1, 8, 30)
+    ],
+    pytest.param("systemctl restart docker", id="engine restarted"),
+    pytest.param(
+        "for time in 1 2 3 4 5; do systemctl restart dagster-code-workload; done",
+        id="code server restarted 5 times",
+        marks=slow,
+    ),
+]
+
+
+@pytest.mark.parametrize("command", FAULTS)
+def test_no_run_is_lost(
+    host: Any, workload: Workload, record: Callable[..., None], table: list[str], command: str
+) -> None:
+    began = time.monotonic()
+    host.check_output("sh -c %s", command.format(patient=workload.patient, writer=workload.writer))
+    inflicted = time.monotonic()
+    workload.platform.wait(lambda: ready(host, workload.platform), {"ready"}, 120)
+    seconds = time.monotonic() - inflicted
+    invariants(host, workload)
+    name = next(fault.id for fault in FAULTS if fault.values[0] == command)
+    everything = time.monotonic() - began
+    record(name, seconds, f"nothing; all runs after {everything:.0f} s")
+    table.append(f"| {name} | {seconds:.1f} | {everything:.0f} | {' | '.join(['kept'] * 5)} |\n")
