@@ -148,6 +148,7 @@ def resolve(location: dict[str, Any], places: Places) -> dict[str, Any]:
         "secrets": sorted(location.get("secrets") or {}),
         "writable": bool(location.get("writable")),
         "limits": location.get("limits") or {},
+        "run_limits": location.get("run_limits") or {},
         "problems": problems,
         "lock_problems": lock_problems,
     }

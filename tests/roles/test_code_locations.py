@@ -66,6 +66,7 @@ def test_what_a_location_leaves_out(controller: Controller) -> None:
         "secrets": [],
         "writable": False,
         "limits": {},
+        "run_limits": {},
         "problems": [],
         "lock_problems": [],
     }

@@ -43,7 +43,9 @@ HOSTS: dict[str, dict[str, Any]] = {
         "dagster_max_runtime": "3600",
         "dagster_metadata_url": "postgresql://me@db.example.com:6432/other?sslmode=require",
         "postgres_passfile": "/etc/data-platform/secrets/other",
-        "dagster_pool_limit": "2",
+        "dagster_pools": {"duckdb": 1, "warehouse": 2},
+        "dagster_run_isolation": "process",
+        "dagster_run_stop_timeout": "40",
         "dagster_tick_retention_days": "3",
         "dagster_webserver_bind": "0.0.0.0",
         "dagster_webserver_port": "8080",
@@ -80,7 +82,6 @@ HOSTS: dict[str, dict[str, Any]] = {
 OVERRIDDEN = {
     ("run_coordinator", "config", "dequeue_interval_seconds"): 3,
     ("concurrency", "runs", "max_concurrent_runs"): 7,
-    ("concurrency", "pools", "default_limit"): 2,
     ("run_retries", "max_retries"): 0,
     ("run_monitoring", "max_runtime_seconds"): 3600,
     ("run_monitoring", "poll_interval_seconds"): 5,
@@ -92,6 +93,7 @@ OVERRIDDEN = {
 UNITS = {host: {"dagster-code", "dagster-daemon", "dagster-postgres", "dagster-webserver"} for host in HOSTS}
 UNITS["overridden"] |= {"dagster-code-sales", "dagster-code-examples"}
 UNITS["external"] -= {"dagster-postgres"}
+LOOKED_INTO = {"/etc/data-platform/runs", *(f"/run/data-platform-engine/{name}" for name in ("daemon", "webserver"))}
 WRITTEN = AWKWARD.replace("{{'{{'}}", "{{")
 CHECK = """
 import json, pathlib, sys
@@ -111,7 +113,7 @@ def inventory() -> dict[str, Any]:
     """Hosts with what a run of the playbook gives them: defaults, the roles' own variables, the wiring, the host's."""
     files = [
         file
-        for role in ("service", "postgres", "dagster", "code_location")
+        for role in ("service", "postgres", "runs", "dagster", "code_location")
         for file in role_files(role, "defaults", "vars")
     ]
     variables = {name: value for file in files for name, value in load(file).items()}
@@ -418,4 +420,5 @@ def test_program_of_the_units_reads_what_docker_is_told(rendered: Path, host: st
         assert [unit.network] == values(file, "--network")
         assert [unit.name] == values(file, "--name")
         known = [str(path) for path in unit.config + unit.reload]
-        assert known == [mount["source"] for mount in mounts if "readonly" in mount]
+        mounted = [mount["source"] for mount in mounts if "readonly" in mount]
+        assert known == [path for path in mounted if path not in LOOKED_INTO]

@@ -45,6 +45,7 @@ OF_ANOTHER_SOURCE = {  # of images; the scenario has one, and default's test_ima
     "images_registry_image",
     "images_registry_password",
     "images_registry_username",
+    "dagster_run_isolation",  # units has it
     "postgres_external",  # units has it
 }
 INCLUDES = [task for task in all_tasks() if task.module == "include_role"]
@@ -205,7 +206,7 @@ def test_wiring_gives_every_required_option_of_the_roles_in_the_playbooks() -> N
 
 
 def test_wiring_reads_only_what_roles_or_the_user_give() -> None:
-    facts = {name for role in ROLES for task in role_tasks(role) for name in public_facts(task)}
+    facts = {name for role in ROLES for task in role_tasks(role) for name in public_facts(task)} | {"ansible_facts"}
     read = {name for name in names_read(wiring()) if not name.startswith("data_platform_")}
     assert read - known() - facts - set(wiring()) - FUNCTIONS - PLACES == set()
 

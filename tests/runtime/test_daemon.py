@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dagster import DagsterInstance
 from dagster._daemon import cli, controller
+from dagster._daemon.auto_run_reexecution import auto_run_reexecution
+from dagster._daemon.monitoring import run_monitoring
 from data_platform_runtime import daemon
 
 
@@ -39,11 +42,15 @@ def workspace() -> Workspace:
 
 
 @pytest.fixture
-def loop(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Any:
+def loop(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The main loop that the daemon would run, without its threads."""
     started: list[list[str]] = []
-    for name in ("DagsterDaemonController", "THREAD_CHECK_INTERVAL"):
+    for name in ("DagsterDaemonController", "EventLogConsumerDaemon", "THREAD_CHECK_INTERVAL"):
         monkeypatch.setattr(controller, name, getattr(controller, name))
+    monkeypatch.setattr(auto_run_reexecution, "retry_run", auto_run_reexecution.retry_run)
+    monkeypatch.setattr(run_monitoring, "check_run_timeout", run_monitoring.check_run_timeout)
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setenv("DATA_PLATFORM_POOLS", '{"duckdb": 1}')
     monkeypatch.setattr(cli, "cli", lambda arguments, obj: started.append(arguments))
     assert daemon.main(["run", "--workspace=here"]) == 0
     assert started == [["run", "--workspace=here"]]
@@ -58,6 +65,11 @@ def test_dagster_builds_its_loop_from_what_is_replaced(loop: Any) -> None:
     assert (replaced, controller.THREAD_CHECK_INTERVAL) == (controller.DagsterDaemonController, daemon.INTERVAL)
     assert "DagsterDaemonController" in controller.daemon_controller_from_instance.__wrapped__.__code__.co_names
     assert {"THREAD_CHECK_INTERVAL", "check_workspace_freshness"} <= set(original.check_daemon_loop.__code__.co_names)
+
+
+def test_pools_have_their_limits_when_the_daemon_runs(loop: Any) -> None:
+    with DagsterInstance.get() as instance:
+        assert {pool.name: pool.limit for pool in instance.event_log_storage.get_pool_limits()} == {"duckdb": 1}
 
 
 def test_workspace_is_read_each_minute_and_no_oftener(loop: Any, workspace: Workspace) -> None:

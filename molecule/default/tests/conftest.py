@@ -61,13 +61,17 @@ class Platform:
         entries = self.graphql(LOCATIONS)["workspaceOrError"]["locationEntries"]
         return {entry["name"]: (entry["locationOrLoadError"] or {}).get("__typename") for entry in entries}
 
-    def launch(self, job: str, tags: dict[str, str] | None = None, location: str = "core") -> str:
-        """Launch a job of a location; give the run's ID."""
+    def launch(
+        self, job: str, tags: dict[str, str] | None = None, location: str = "core", config: dict[str, Any] | None = None
+    ) -> str:
+        """Launch a job of a location, with configuration of its ops; give the run's ID."""
         selector = {"jobName": job, "repositoryName": "__repository__", "repositoryLocationName": location}
         params = {
             "selector": selector,
             "mode": "default",
-            "runConfigData": {},
+            "runConfigData": {"ops": {op: {"config": values} for op, values in (config or {}).items()}}
+            if config
+            else {},
             "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in (tags or {}).items()]},
         }
         launched = self.graphql(LAUNCH, params=params)["launchRun"]

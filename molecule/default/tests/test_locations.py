@@ -92,7 +92,7 @@ CORE = {
     "dbt_project": "core/processing/dbt",
 }
 STATE = """
-docker container ls --all --no-trunc --format '{{.Names}} {{.ID}}' | sort
+docker container ls --all --no-trunc --format '{{.Names}} {{.ID}}' | grep -v data-platform-run- | sort
 docker image ls --no-trunc --format '{{.Repository}} {{.ID}}' | sort
 cd /etc; find data-platform docker systemd/system -type f | sort | xargs sha256sum
 """
@@ -114,9 +114,9 @@ class Shop(NamedTuple):
 
 
 def containers(host: Any) -> dict[str, str]:
-    """Give the IDs of the containers by their names."""
+    """Give the IDs of the containers by their names, but for those of runs."""
     listed = host.check_output("docker container ls --all --no-trunc --format '{{.Names}} {{.ID}}'")
-    return dict(line.split() for line in listed.splitlines())
+    return dict(line.split() for line in listed.splitlines() if not line.startswith("data-platform-run-"))
 
 
 def git(repository: Path, *arguments: str) -> str:

@@ -12,7 +12,7 @@ from conftest import ROOT, SERVICES, WAREHOUSE, Platform, environment
 
 STATE = """
 docker image ls --filter reference=data-platform/*:current --format '{{.Repository}}' | sort
-docker container ls --all --format '{{.Names}} {{.Image}} {{.State}}' | sort
+docker container ls --all --format '{{.Names}} {{.Image}} {{.State}}' | grep -v data-platform-run- | sort
 docker info --format '{{json .Labels}}'
 docker network ls --format '{{.Name}}' | sort
 systemctl list-unit-files --state=enabled --plain --no-legend | sort

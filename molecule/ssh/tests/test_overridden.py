@@ -23,7 +23,8 @@ with DagsterInstance.get() as instance:
         "dagster_max_concurrent_runs": instance.get_concurrency_config().run_queue_config.max_concurrent_runs,
         "dagster_max_retries": instance.run_retries_max_retries,
         "dagster_max_runtime": instance.run_monitoring_max_runtime_seconds,
-        "dagster_pool_limit": instance.get_concurrency_config().pool_config.default_pool_limit,
+        "dagster_pools": {pool.name: pool.limit for pool in instance.event_log_storage.get_pool_limits()},
+        "dagster_run_stop_timeout": instance.run_launcher.container_kwargs["stop_timeout"],
         "dagster_tick_retention_days": instance.get_settings("retention")["sensor"]["purge_after_days"],
     }))
 """
@@ -82,6 +83,28 @@ def test_services_have_their_limits(host: Any, name: str, mebibytes: int, cpus: 
         cpus * 10**9,
         pids,
     )
+
+
+@pytest.mark.parametrize(
+    ("job", "location", "mebibytes", "cpus", "pids"),
+    [("smoke", "core", 1100, 1.5, 400), ("examples", "examples", 900, 0, 300)],
+)
+def test_runs_have_their_limits(
+    host: Any, platform: Platform, job: str, location: str, mebibytes: int, cpus: float, pids: int
+) -> None:
+    run = platform.launch(job, location=location)
+    assert platform.finished(run) == "SUCCESS"
+    container = inspect(host, f"data-platform-run-{run}")
+    limits = container["HostConfig"]
+    assert (limits["Memory"], limits["MemorySwap"], limits["NanoCpus"], limits["PidsLimit"]) == (
+        mebibytes * 2**20,
+        mebibytes * 2**20,
+        cpus * 10**9,
+        pids,
+    )
+    assert container["Config"]["User"] == "20001:20001"
+    assert list(container["NetworkSettings"]["Networks"]) == [OVERRIDDEN["service_network"]]
+    assert f"DATA_PLATFORM_DUCKDB_MEMORY={mebibytes // 2}MB" in container["Config"]["Env"]
 
 
 def test_journal_has_its_size(host: Any) -> None:

@@ -1,6 +1,6 @@
-"""Dagster's daemon, which reads its workspace again when it is asked to.
+"""Dagster's daemon, which reads its workspace again when it is asked to, and recovers better (``recovery``).
 
-By itself it does so once a minute, and a run of a code location that was added since then fails.
+By itself it reads once a minute, and a run of a code location that was added since then fails.
 
 Run as ``python -m data_platform_runtime.daemon run ARGUMENT…`` instead of ``dagster-daemon run``, and in the same
 container as ``python -m data_platform_runtime.daemon reload``: exits with 0 once the daemon has read the workspace.
@@ -8,6 +8,8 @@ container as ``python -m data_platform_runtime.daemon reload``: exits with 0 onc
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +26,10 @@ ASKED = Path("/tmp/reload-workspace")
 
 def run(arguments: list[str]) -> None:
     """Be the daemon with the command line ``arguments``."""
+    from dagster import DagsterInstance
     from dagster._daemon import cli, controller
+
+    from data_platform_runtime import recovery
 
     class Controller(controller.DagsterDaemonController):
         """The daemon's main loop, whose minute is over when it is asked to read."""
@@ -42,6 +47,10 @@ def run(arguments: list[str]) -> None:
 
     controller.DagsterDaemonController = Controller
     controller.THREAD_CHECK_INTERVAL = INTERVAL
+    recovery.keep_retries()
+    recovery.explain_timeouts()
+    with DagsterInstance.get() as instance:
+        recovery.set_pools(instance, json.loads(os.environ.get("DATA_PLATFORM_POOLS", "{}")))
     cli.cli(["run", *arguments], obj={})
 
 
