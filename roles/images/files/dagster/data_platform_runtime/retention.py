@@ -70,8 +70,8 @@ def retain(connection: Any, instance: Any, logs: Path, days: int, dry_run: bool,
     Returns:
         How many were removed, or would be, by what they are.
     """
-    values = {"finished": list(FINISHED), "limit": datetime.now(tz=UTC) - timedelta(days=days), "batch": batch}
-    values["limit"] = values["limit"].replace(tzinfo=None)  # the column has UTC without saying so
+    limit = datetime.now(tz=UTC).replace(tzinfo=None) - timedelta(days=days)  # the column has UTC without saying so
+    values = {"finished": list(FINISHED), "limit": limit, "batch": batch}
     with connection, connection.cursor() as cursor:
         cursor.execute(OLD_RUNS, values)
         runs = [row[0] for row in cursor]
@@ -85,7 +85,7 @@ def retain(connection: Any, instance: Any, logs: Path, days: int, dry_run: bool,
         for run in runs:
             instance.delete_run(run)
         for path in old:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path)
     return {"runs": len(runs), "events": len(events), "printed": len(old)}
 
 

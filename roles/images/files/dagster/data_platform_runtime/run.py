@@ -175,9 +175,7 @@ def report(run: str, code: int, killed: int, location: str, memory: str) -> None
             if status(run) in LOST or killed:
                 tell(run, code, killed, location, memory)
             return
-        except psycopg2.Error as error:
-            reason: Exception = error
-        except Exception as error:  # of Dagster's storage, which wraps those of the database
+        except Exception as error:  # the database's, or Dagster's around it; said below once patience is over
             reason = error
         if time.monotonic() > deadline:
             print(f"How the run ended could not be written down: {reason}", flush=True)
@@ -239,7 +237,7 @@ def clear(scratch: Path) -> None:
     """Leave nothing in the run's own scratch space."""
     for path in scratch.iterdir():
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)  # what is left goes with the container, each hour
         else:
             path.unlink(missing_ok=True)
 
