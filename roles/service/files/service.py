@@ -139,7 +139,7 @@ def prepare(unit: Unit) -> None:
 def show(unit: str, *properties: str) -> dict[str, str]:
     """Properties of a unit, as systemctl shows them."""
     options = [f"--property={name}" for name in properties]
-    shown = run("systemctl", "show", "--timestamp=unix", *options, unit).stdout
+    shown = run("systemctl", "show", *options, unit).stdout
     return dict(line.split("=", 1) for line in shown.splitlines())
 
 
@@ -281,8 +281,9 @@ def converge(wanted: list[str], check: bool) -> list[str]:
 
 
 def started(unit: str) -> float:
-    """When the unit's process started, in seconds since the epoch."""
-    return float(show(unit, "ExecMainStartTimestamp")["ExecMainStartTimestamp"].lstrip("@") or 0)
+    """When the unit's process started, in seconds since the epoch, to the microsecond."""
+    booted = time.time() - time.monotonic()
+    return booted + int(show(unit, "ExecMainStartTimestampMonotonic")["ExecMainStartTimestampMonotonic"]) / 1e6
 
 
 def described() -> list[Unit]:
