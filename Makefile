@@ -35,7 +35,7 @@ dev: .venv-code/.complete ## Your pipelines on this machine, without containers:
 	@printf '%s\n' 'telemetry: {enabled: false}' 'concurrency: {pools: {default_limit: 1, granularity: op}}' > $(DEV)/dagster/dagster.yaml
 	@cd code/data-platform/core/orchestration/dagster && PATH=$(CURDIR)/.venv-code/bin:$$PATH DAGSTER_HOME=$(DEV)/dagster \
 		DATA_PLATFORM_WAREHOUSE=$(DEV)/warehouse.duckdb DATA_PLATFORM_SCRATCH=$(DEV)/scratch DATA_PLATFORM_LANDING=$(DEV)/landing \
-		exec dagster dev --module-name data_platform.definitions --host 127.0.0.1 --port $(DEV_PORT)
+		DATA_PLATFORM_PUBLISHED=$(DEV)/published exec dagster dev --module-name data_platform.definitions --host 127.0.0.1 --port $(DEV_PORT)
 
 test: venv .venv-code/.complete ## All checks: fast tests, lint, then Molecule on hosts of its own
 	@time $(MAKE) --jobs=2 in-turn meanwhile

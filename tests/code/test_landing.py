@@ -685,7 +685,7 @@ def test_sensor_launches_one_run_for_what_waits(
         launched = own_instance.create_run_for_job(job, tags=request.tags, status=dg.DagsterRunStatus.STARTED)
         assert evaluate(defs, own_instance) == f"The run {launched.run_id} is on its way."
         own_instance.report_run_failed(launched)
-        assert "failed for what waits" in evaluate(defs, own_instance)
+        assert "failed for the same" in evaluate(defs, own_instance)
         patched.setattr("data_platform.sensors.RETRY_SECONDS", 0)
         assert evaluate(defs, own_instance).tags == request.tags
     drop(tmp_path, "orders/b.csv", ORDERS)

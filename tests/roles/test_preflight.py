@@ -253,6 +253,23 @@ def test_the_fullest_directory_is_the_one_that_counts(tmp_path: Path) -> None:
     assert measure.disk((tmp_path, tmp_path / "missing", Path("/proc"))) == {"path": "/proc", "free": 0}
 
 
+@pytest.mark.parametrize(
+    ("there", "system", "needed"), [(0, "ext2/ext3", 6), (2, "ext2/ext3", 2), (3, "ext2/ext3", 2), (2, "xfs", 0)]
+)
+def test_room_for_the_next_snapshots_is_measured(
+    there: int, system: str, needed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "output", lambda *_: f"{system}\n")
+    warehouse = tmp_path / "warehouse.duckdb"
+    assert measure.snapshots(warehouse, tmp_path, 2) == {"need": 0, "free": 0}
+    warehouse.write_bytes(b"x" * (2 << 20))
+    for number in range(there):
+        (tmp_path / f"warehouse-{number}.duckdb").touch()
+    measured = measure.snapshots(warehouse, tmp_path, 2)
+    assert measured["need"] == needed + 1024
+    assert 0 < measured["free"] < 1 << 40
+
+
 def test_users_that_the_host_does_not_know_are_found() -> None:
     assert measure.unknown(["root", "nobody-of-this-name", "--help", "", "0"]) == [
         "nobody-of-this-name",

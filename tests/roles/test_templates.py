@@ -113,7 +113,7 @@ def inventory() -> dict[str, Any]:
     """Hosts with what a run of the playbook gives them: defaults, the roles' own variables, the wiring, the host's."""
     files = [
         file
-        for role in ("service", "postgres", "runs", "dagster", "code_location")
+        for role in ("service", "postgres", "runs", "dagster", "tools", "code_location")
         for file in role_files(role, "defaults", "vars")
     ]
     variables = {name: value for file in files for name, value in load(file).items()}

@@ -1,11 +1,8 @@
 """The program behind data-platform-sql and -dagster, with a stand-in for docker; Molecule has the real thing."""
 
-import fcntl
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +10,7 @@ from types import ModuleType
 import pytest
 from conftest import ROOT, module_at
 
+AT = "2026-11-26T03:40:00+00:00"
 DOCKER = f"""#!{sys.executable} -IS
 import json, os, pathlib, signal, sys
 here = pathlib.Path(__file__).parent
@@ -28,34 +26,41 @@ if code < 0:
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
-HOLD = """
-import fcntl, struct, sys
-file = open(sys.argv[1], "r+b")
-fcntl.lockf(file, fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()
-"""
 SERVED = ["dagster", "api", "grpc", "--location-name=core", "--working-directory=/code/a b", "--module-name=core.defs"]
 SECRET = ["python", "-m", "with_secrets", "/secret", *SERVED[:3], "--location-name=shop", *SERVED[4:]]
 
 
 class Machine:
-    """A host with a warehouse, whose docker answers what it is told and writes down what it is asked."""
+    """A host with a published warehouse, whose docker answers what it is told and writes down what it is asked."""
 
     def __init__(self, root: Path, program: ModuleType) -> None:
         """Make the host below ``root``."""
         self.tools, self.program = root / "bin", program
-        self.warehouse, self.copies = root / "warehouse" / "warehouse.duckdb", root / "sql"
-        for folder in (self.tools, self.warehouse.parent, self.copies):
+        self.warehouse, self.published = root / "warehouse" / "warehouse.duckdb", root / "published"
+        for folder in (self.tools, self.warehouse.parent, self.published):
             folder.mkdir()
         (self.tools / "docker").write_text(DOCKER)
         (self.tools / "docker").chmod(0o755)
         self.answers: dict[str, tuple[int, str, str]] = {}
         self.answer("")
         self.configuration = root / "tools.json"
-        settings = {"group": "data-platform", "image": "some/image:1", "memory": 1000, "warehouse": str(self.warehouse)}
+        places = {"warehouse": str(self.warehouse), "published": str(self.published)}
+        settings = {"group": "data-platform", "image": "some/image:1", "memory": 1000, **places}
         self.configuration.write_text(json.dumps(settings))
-        self.write(b"one")
+        self.warehouse.write_bytes(b"one")
+        self.publish()
+
+    def publish(self) -> None:
+        """Publish the warehouse as its pipeline does."""
+        found = self.warehouse.stat()
+        (self.published / "warehouse-1.duckdb").write_bytes(self.warehouse.read_bytes())
+        (self.published / "warehouse.duckdb").unlink(missing_ok=True)
+        (self.published / "warehouse.duckdb").symlink_to("warehouse-1.duckdb")
+        self.note(at=AT, state=f"{found.st_ino}:{found.st_size}:{found.st_mtime_ns}")
+
+    def note(self, **snapshot: object) -> None:
+        """Write down of which state of the warehouse the snapshot is."""
+        (self.published / "state.json").write_text(json.dumps(snapshot))
 
     def answer(self, part: str, code: int = 0, out: str = "", err: str = "") -> None:
         """Say what docker gives if its arguments hold ``part``; the longest counts. A negative code is a signal."""
@@ -68,25 +73,6 @@ class Machine:
         calls = [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
         return [call for call in calls if set(words) <= set(call)]
 
-    def write(self, header: bytes, journal: bytes | None = None) -> None:
-        """Write the warehouse as a checkpoint does, and its journal as a commit does."""
-        self.warehouse.write_bytes(header.ljust(self.program.HEADERS, b"\0") + b"blocks")
-        if journal is not None:
-            Path(f"{self.warehouse}.wal").write_bytes(journal)
-
-    def latest(self) -> dict[str, bytes]:
-        """Give the files of the copy that a person is given."""
-        with self.program.Copies(self.copies, self.warehouse, "some/image:1", 1000).latest() as copy:
-            return {file.name: file.read_bytes() for file in copy.iterdir() if file.name != "state.json"}
-
-    def verifications(self) -> int:
-        """Give the number of copies that DuckDB was asked about."""
-        return len(self.calls("python"))
-
-    def left(self) -> int:
-        """Give the number of copies on the disk."""
-        return len(list(self.copies.glob("copy-*")))
-
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
@@ -95,226 +81,50 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine(tmp_path, program)
     monkeypatch.setenv("PATH", os.pathsep.join([str(machine.tools), os.environ["PATH"]]))
     monkeypatch.setattr(program, "CONFIGURATION", machine.configuration)
-    monkeypatch.setattr(program, "COPIES", machine.copies)
-    monkeypatch.setattr(program, "KEPT_FREE", 0)
-    monkeypatch.setattr(program, "SETTLED", 0)
-    monkeypatch.setattr(program, "PATIENCE", 0)
-    monkeypatch.setattr(program, "PATIENCE_WITH_A_COPY", 0)
     monkeypatch.setattr(program.os, "geteuid", lambda: 0)
     monkeypatch.setattr(program.signal, "signal", lambda *_: None)
     return machine
 
 
-@pytest.fixture
-def writer(machine: Machine) -> subprocess.Popen:
-    """A process that holds the warehouse as DuckDB does."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, machine.warehouse], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        process.stdout.readline()
-        yield process
+SNAPSHOT_IS_OLD = f"This is the warehouse of {AT}; what was written since is published once the runs have ended.\n"
 
 
-def test_copy_is_the_warehouse_and_its_journals(machine: Machine) -> None:
-    machine.write(b"one", journal=b"commits")
-    Path(f"{machine.warehouse}.wal.checkpoint").write_bytes(b"more")
-    expected = {file.name: file.read_bytes() for file in machine.warehouse.parent.iterdir()}
-    assert len(expected) == 3
-    assert machine.latest() == expected
-
-
-def test_container_can_read_the_copy_and_nobody_can_write_it(machine: Machine) -> None:
-    machine.latest()
-    (copy,) = machine.copies.glob("copy-*")
-    assert [path.stat().st_mode & 0o777 for path in (copy, copy / "warehouse.duckdb")] == [0o755, 0o444]
-
-
-@pytest.mark.parametrize("name", ["warehouse.duckdb", "warehouse.duckdb.wal", "warehouse.duckdb.wal.checkpoint"])
-@pytest.mark.parametrize("trap", ["link", "pipe", "folder"])
-def test_root_follows_nothing_that_a_pipeline_put_there(name: str, trap: str, machine: Machine, tmp_path: Path) -> None:
-    machine.write(b"one")
-    (tmp_path / "secret").write_bytes(b"of root")
-    place = machine.warehouse.parent / name
-    place.unlink(missing_ok=True)
-    if trap == "link":
-        place.symlink_to(tmp_path / "secret")
-    elif trap == "pipe":
-        os.mkfifo(place)
-    else:
-        place.mkdir()
-    with pytest.raises(machine.program.Failure, match="a pipeline put something else in its place"):
-        machine.latest()
-    copied = [file.read_bytes() for file in machine.copies.rglob("*") if file.is_file()]
-    assert b"of root" not in copied
-
-
-def test_unchanged_warehouse_is_neither_copied_nor_verified_again(machine: Machine) -> None:
-    assert machine.latest() == machine.latest()
-    assert machine.verifications() == 1
-
-
-@pytest.mark.parametrize("change", ["checkpoint", "commit", "first commit", "journal gone", "another file", "put back"])
-def test_changed_warehouse_is_copied_again(change: str, machine: Machine) -> None:
-    machine.write(b"one", journal=None if change == "first commit" else b"commits")
-    machine.latest()
-    if change == "checkpoint":
-        machine.write(b"two")
-    elif change.endswith("commit"):
-        Path(f"{machine.warehouse}.wal").write_bytes(b"more commits")
-    elif change == "journal gone":
-        Path(f"{machine.warehouse}.wal").unlink()
-    elif change == "another file":
-        shutil.copy(machine.warehouse, f"{machine.warehouse}.new")
-        Path(f"{machine.warehouse}.new").replace(machine.warehouse)
-    else:
-        machine.write(b"one")
-        os.utime(machine.warehouse, (1, 1))
-    assert machine.latest() == {file.name: file.read_bytes() for file in machine.warehouse.parent.iterdir()}
-    assert machine.verifications() == 2
-    assert machine.left() == 1
-
-
-def test_writer_that_has_committed_nothing_makes_no_copy_necessary(machine: Machine, writer: subprocess.Popen) -> None:
-    machine.latest()
-    os.utime(machine.warehouse, (1, 1))
-    machine.latest()
-    assert machine.verifications() == 1
-
-
-def test_warehouse_is_read_while_a_writer_holds_it_and_never_held(machine: Machine, writer: subprocess.Popen) -> None:
-    assert machine.program.in_use(machine.warehouse)
-    assert machine.latest()
-    writer.communicate()
-    assert not machine.program.in_use(machine.warehouse)
-    with (
-        machine.program.Copies(machine.copies, machine.warehouse, "", 0).latest(),
-        machine.warehouse.open("r+b") as file,
-    ):
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def checkpoint_while_copying(machine: Machine, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    copy_file = machine.program.copy_file
-    left = list(range(times))
-
-    def copy(source: Path, target: Path) -> None:
-        copy_file(source, target)
-        if left:
-            machine.write(b"meanwhile %d" % left.pop())
-
-    monkeypatch.setattr(machine.program, "copy_file", copy)
-
-
-def test_copy_that_a_checkpoint_overtook_is_made_again(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.program, "PATIENCE", 60)
-    checkpoint_while_copying(machine, monkeypatch, 3)
-    assert machine.latest()["warehouse.duckdb"].startswith(b"meanwhile 0")
-    assert (machine.verifications(), machine.left()) == (1, 1)
-
-
-def test_copy_that_duckdb_refuses_is_made_again(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.program, "PATIENCE", 60)
-    asked = []
-
-    def run(*command: str) -> subprocess.CompletedProcess:
-        asked.append(command)
-        return subprocess.CompletedProcess(command, int(len(asked) < 3), "", "Corrupt")
-
-    monkeypatch.setattr(machine.program, "run", run)
-    assert machine.latest()
-    assert len(asked) >= 3
-
-
-def test_older_copy_is_given_with_its_age_when_no_new_one_can_be_made(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("journal", [False, True])
+def test_person_is_told_that_the_warehouse_has_changed_since(
+    journal: bool, machine: Machine, capsys: pytest.CaptureFixture
 ) -> None:
-    old = machine.latest()
-    (state,) = machine.copies.glob("copy-*/state.json")
-    os.utime(state, (0, 0))
-    checkpoint_while_copying(machine, monkeypatch, 10**6)
-    machine.write(b"two")
-    assert machine.latest() == old
-    said = capsys.readouterr().err
-    assert said.startswith(
-        "The warehouse cannot be copied now (it was checkpointed meanwhile): this is how it was at 19"
-    )
-    assert machine.left() == 1
+    assert machine.program.main("data-platform-sql", []) == 0
+    assert capsys.readouterr().err == ""
+    (Path(f"{machine.warehouse}.wal") if journal else machine.warehouse).write_bytes(b"more")
+    assert machine.program.main("data-platform-sql", []) == 0
+    assert capsys.readouterr().err == SNAPSHOT_IS_OLD
 
 
-def test_without_an_older_copy_the_person_is_told(machine: Machine, capsys: pytest.CaptureFixture) -> None:
-    machine.answer("python -c", 1, err="Traceback\nduckdb.IOException: Corrupt file\n")
-    assert machine.program.main("data-platform-sql", []) == 1
-    assert f"{machine.warehouse} cannot be copied (duckdb.IOException: Corrupt file)" in capsys.readouterr().err
-
-
-def test_docker_that_does_not_answer_is_named(machine: Machine, capsys: pytest.CaptureFixture) -> None:
-    machine.answer("run", 125, err="Cannot connect to the Docker daemon\n")
-    assert machine.program.main("data-platform-sql", []) == 1
-    assert capsys.readouterr().err == "No container can be started: Cannot connect to the Docker daemon\n"
-
-
-def test_warehouse_that_is_not_there_yet_is_named(machine: Machine, capsys: pytest.CaptureFixture) -> None:
-    machine.warehouse.unlink()
-    assert machine.program.main("data-platform-sql", []) == 1
-    assert f"There is no warehouse yet: {machine.warehouse} comes with the first run" in capsys.readouterr().err
-
-
-def fill_disk(machine: Machine, monkeypatch: pytest.MonkeyPatch, room_for: int) -> None:
-    """Leave room for a number of copies."""
-    gigabyte = 1 << 30
-    os.truncate(machine.warehouse, gigabyte)  # sparse
-
-    def disk_usage(_: object) -> shutil._ntuple_diskusage:
-        return shutil._ntuple_diskusage(0, 0, gigabyte * (room_for - machine.left() + 1))
-
-    monkeypatch.setattr(machine.program.shutil, "disk_usage", disk_usage)
-    monkeypatch.setattr(machine.program.os, "sendfile", lambda *_: 0)
-    monkeypatch.setattr(machine.program, "KEPT_FREE", 100)
-
-
-def test_full_disk_is_refused_with_the_figures(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_root_believes_and_follows_nothing_that_a_pipeline_put_there(
+    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    fill_disk(machine, monkeypatch, room_for=0)
+    note = machine.published / "state.json"
+    for spoilt in ("", "[]", "{", '{"at": 1}', "x" * 100_000):
+        note.write_text(spoilt)
+        assert machine.program.main("data-platform-sql", []) == 0
+    machine.note(at="\x1b[2J2026", state="other")
+    assert machine.program.main("data-platform-sql", []) == 0
+    secret = tmp_path / "secret"
+    secret.write_text(json.dumps({"at": AT, "state": "other"}))
+    note.unlink()
+    note.symlink_to(secret)
+    assert machine.program.main("data-platform-sql", []) == 0
+    note.unlink()
+    os.mkfifo(note)
+    assert machine.program.main("data-platform-sql", []) == 0
+    assert capsys.readouterr().err == SNAPSHOT_IS_OLD.replace(AT, "22026")
+
+
+def test_nothing_published_yet_is_said(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    (machine.published / "warehouse.duckdb").unlink()
     assert machine.program.main("data-platform-sql", []) == 1
-    assert "needs 1024 MiB, but the disk of" in (said := capsys.readouterr().err)
-    assert "0 MiB free, of which 100 are for the platform" in said
-
-
-def test_older_copy_makes_room_for_the_new_one_unless_somebody_reads_it(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fill_disk(machine, monkeypatch, room_for=2)
-    machine.latest()
-    with machine.program.Copies(machine.copies, machine.warehouse, "", 0).latest() as read:
-        os.utime(machine.warehouse, (1, 1))
-        with pytest.raises(machine.program.NoRoom):
-            machine.latest()
-        assert (read / "warehouse.duckdb").exists()
-    assert machine.latest()
-    assert not read.exists()
-
-
-def test_copy_stays_while_somebody_reads_it(machine: Machine) -> None:
-    copies = machine.program.Copies(machine.copies, machine.warehouse, "", 0)
-    with copies.latest() as first:
-        machine.write(b"two")
-        with copies.latest() as second:
-            assert first.exists() and second.exists()
-        assert first.exists()
-    assert (first.exists(), second.exists()) == (False, True)
-
-
-def test_what_a_crash_left_is_removed_with_its_containers(machine: Machine) -> None:
-    machine.latest()
-    (machine.copies / "copy-half").mkdir()
-    (machine.copies / "copy-half" / "warehouse.duckdb").touch()
-    (machine.copies / "next").symlink_to("copy-half")
-    machine.answer("label=data-platform.copy=copy-half", out="abc\ndef\n")
-    machine.write(b"two")
-    machine.latest()
-    assert ["rm", "--force", "abc", "def"] in machine.calls("rm")
-    assert machine.left() == 1
+    assert capsys.readouterr().err.startswith("Nothing is published yet: the first snapshot")
+    assert machine.calls() == []
 
 
 def test_prompt_is_contained_and_given_its_arguments_as_they_are(machine: Machine) -> None:
@@ -322,21 +132,21 @@ def test_prompt_is_contained_and_given_its_arguments_as_they_are(machine: Machin
     assert machine.program.main("data-platform-sql", ["-csv", "select '$HOME'; --x"]) == 3
     (call,) = machine.calls("-readonly")
     assert call[call.index("some/image:1") + 1 :][:2] == ["sh", "-c"]
-    assert call[-3:] == ["/warehouse/warehouse.duckdb", "-csv", "select '$HOME'; --x"]
+    assert call[-3:] == ["/published/warehouse.duckdb", "-csv", "select '$HOME'; --x"]
     contained = {
         "--rm",
         "--read-only",
         "--network=none",
         "--cap-drop=ALL",
         "--security-opt=no-new-privileges",
-        "--user=65534:65534",
+        f"--user=65534:{machine.published.stat().st_gid}",
         "--memory=1000m",
         "--memory-swap=1000m",
         "--log-driver=none",
     }
     assert contained <= set(call)
     assert [word for word in call if "--mount" in word or "--volume" in word] == [
-        f"--mount=type=bind,source={next(machine.copies.glob('copy-*'))},target=/warehouse,readonly"
+        f"--mount=type=bind,source={machine.published},target=/published,readonly"
     ]
     assert machine.calls("rm") == []
 

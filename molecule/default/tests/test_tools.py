@@ -8,6 +8,7 @@ import pytest
 from conftest import WAREHOUSE, Platform
 
 TABLES = "select database_name, schema_name, table_name, estimated_size from duckdb_tables() order by all"
+PUBLISHED = "/var/lib/data-platform/published"
 ROWS = "select count(*) as rows from platform.hands"
 
 WRITE = f"""
@@ -18,28 +19,24 @@ connection.execute("create table if not exists platform.hands(row integer)")
 connection.execute("insert into platform.hands values (1)")
 print(connection.table("platform.hands").shape[0], flush=True)
 input()
-connection.execute("insert into platform.hands values (2)")
 """
 PROMPT_WHILE_WRITING = f"""
 coproc WRITER {{ docker exec --interactive dagster-code python -c "$0"; }}
 read -r -u ${{WRITER[0]}} written
-seen=$(data-platform-sql -noheader -list {ROWS!r}) || exit
+data-platform-sql -noheader -list {ROWS!r} || exit
 echo >&${{WRITER[1]}}
-wait $WRITER_PID || exit
-echo $written $seen $(data-platform-sql -noheader -list {ROWS!r})
+wait $WRITER_PID
 """
 WRITE_WHILE_PROMPTING = f"""
-write() {{ docker exec --interactive dagster-code python -c "$0" <<< ''; }}
-first=$(write) || exit
 coproc PROMPT {{ data-platform-sql -noheader -list; }}
 echo '{ROWS};' >&${{PROMPT[1]}}
 read -r -u ${{PROMPT[0]}} before
-second=$(write) || exit
+docker exec --interactive dagster-code python -c "$0" <<< '' || exit
 echo '{ROWS};' >&${{PROMPT[1]}}
 read -r -u ${{PROMPT[0]}} then
 exec {{PROMPT[1]}}>&-
 wait $PROMPT_PID || exit
-echo $first $before $second $then $(data-platform-sql -noheader -list {ROWS!r})
+echo $before $then
 """
 HANG_UP = """
 import os, pty, termios
@@ -58,10 +55,16 @@ os.waitpid(pid, 0)
 @pytest.fixture(scope="module", autouse=True)
 def people(host: Any, platform: Platform) -> Iterator[None]:
     """A user who is a member of the group and one who is not; and a warehouse with something in it."""
-    assert platform.finished(platform.launch("smoke")) == "SUCCESS"
+    host.check_output("docker exec --interactive dagster-code python -c %s <<< ''", WRITE)
+    publish(platform)
     host.check_output("useradd --groups data-platform member && useradd other")
     yield
     host.check_output("userdel member && userdel other")
+
+
+def publish(platform: Platform) -> None:
+    """Have the warehouse published as it is now."""
+    assert platform.finished(platform.launch("publish_warehouse")) == "SUCCESS"
 
 
 def as_user(name: str, command: str) -> str:
@@ -99,22 +102,44 @@ def test_prompt_sees_nothing_of_the_host(host: Any) -> None:
     assert host.run(as_user("member", "docker ps")).rc != 0
 
 
-def test_prompt_opens_while_somebody_writes_and_does_not_stop_them(host: Any) -> None:
-    written, seen, afterwards = map(int, host.check_output("bash -c %s %s", PROMPT_WHILE_WRITING, WRITE).split())
-    assert (seen, afterwards) == (written, written + 1)
+def test_prompt_opens_while_somebody_writes_and_says_what_it_shows(host: Any, platform: Platform) -> None:
+    publish(platform)
+    (before,) = (row for (row,) in platform.duckdb(ROWS))
+    shown = host.run("bash -c %s %s", PROMPT_WHILE_WRITING, WRITE)
+    assert (shown.rc, int(shown.stdout)) == (0, before)
+    assert "what was written since is published once the runs have ended" in shown.stderr
+    publish(platform)
+    shown = host.run(f"data-platform-sql -noheader -list {ROWS!r}")
+    assert (int(shown.stdout), shown.stderr) == (before + 1, "")
 
 
-def test_open_prompt_keeps_its_data_and_nobody_from_writing(host: Any) -> None:
-    rows = map(int, host.check_output("bash -c %s %s", WRITE_WHILE_PROMPTING, WRITE).split())
-    first, before, second, then, afterwards = rows
-    assert (before, second, then, afterwards) == (first + 1, first + 2, first + 1, first + 3)
+def test_open_prompt_keeps_its_data_and_nobody_from_writing(host: Any, platform: Platform) -> None:
+    publish(platform)
+    written, before, then = map(int, host.check_output("bash -c %s %s", WRITE_WHILE_PROMPTING, WRITE).split())
+    assert (before, then) == (written - 1, written - 1)
+
+
+def test_what_a_run_writes_is_published_by_itself(host: Any, platform: Platform) -> None:
+    run = platform.launch("smoke")
+    assert platform.finished(run) == "SUCCESS"
+    shown = "data-platform-sql -noheader -list 'select run_id from platform.smoke'"
+    platform.wait(lambda: host.run(shown).stdout.strip(), {run}, 90)
+
+
+def test_snapshots_are_complete_few_and_for_the_group(host: Any) -> None:
+    names = set(host.check_output(f"ls {PUBLISHED}").split())
+    snapshots = {name for name in names if name.startswith("warehouse-")}
+    assert names == {"state.json", "warehouse.duckdb", *snapshots}
+    assert len(snapshots) <= 2
+    assert host.run(as_user("member", f"head -c 1 {PUBLISHED}/warehouse.duckdb")).rc == 0
+    assert host.run(as_user("other", f"head -c 1 {PUBLISHED}/warehouse.duckdb")).rc != 0
+    assert host.run(as_user("member", f"touch {PUBLISHED}/more")).rc != 0
 
 
 def test_prompt_ends_with_its_terminal(host: Any) -> None:
     for _ in range(5):
         host.check_output("python3 -c %s", HANG_UP)
         assert host.check_output("docker ps --all --quiet --filter name=data-platform-sql") == ""
-    assert len(host.check_output("ls -d /var/lib/data-platform/sql/copy-*").split()) == 1
 
 
 @pytest.mark.parametrize("program", ["data-platform-sql", "data-platform-dagster"])
@@ -127,15 +152,10 @@ def test_who_is_not_a_member_is_told_what_to_do(host: Any, program: str) -> None
     )
 
 
-def test_copies_are_for_root(host: Any) -> None:
-    directory = host.file("/var/lib/data-platform/sql")
-    assert (oct(directory.mode), directory.uid) == ("0o700", 0)
-
-
 def test_dagster_launches_and_lists_runs(host: Any, platform: Platform) -> None:
     host.check_output(as_user("member", "data-platform-dagster job launch --job smoke"))
-    (newest,) = platform.postgres("select run_id from runs order by id desc limit 1")
-    assert newest in host.check_output(as_user("member", "data-platform-dagster run list --limit 1"))
+    (newest,) = platform.postgres("select run_id from runs where pipeline_name = 'smoke' order by id desc limit 1")
+    assert newest in host.check_output(as_user("member", "data-platform-dagster run list --limit 5"))
     assert platform.finished(newest) == "SUCCESS"
 
 

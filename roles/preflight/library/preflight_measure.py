@@ -25,6 +25,18 @@ options:
     description: Port that it is to listen on; what is no number is not tried.
     type: str
     required: true
+  warehouse:
+    description: The DuckDB file, of which there are snapshots.
+    type: path
+    required: true
+  published:
+    description: Directory of the snapshots.
+    type: path
+    required: true
+  snapshots:
+    description: How many of them are kept.
+    type: int
+    required: true
   users:
     description: Names that the host is to know.
     type: list
@@ -38,6 +50,9 @@ memory:
   type: int
 disk:
   description: The directory for data or images with the least free space, C(path), and its MiB, C(free).
+  type: dict
+snapshots:
+  description: MiB that the next snapshots of the warehouse need, C(need), and that are free for them, C(free).
   type: dict
 installed:
   description: Whether the platform's configuration is there.
@@ -58,6 +73,10 @@ listen_error:
 
 STORES = (Path("/var/lib"), Path("/var/lib/docker"), Path("/var/lib/data-platform"))
 SETTINGS = Path("/etc/docker/daemon.json")
+SHARING = ("btrfs", "xfs")
+"""File systems on which a copy shares its blocks with the file that it is of."""
+KEPT_FREE = 1024
+"""MiB that a snapshot leaves free."""
 PACKAGES = ("docker.io", "containerd", "docker-ce", "containerd.io")
 
 
@@ -80,6 +99,20 @@ def output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout
     except FileNotFoundError:
         return ""
+
+
+def snapshots(warehouse: Path, published: Path, kept: int) -> dict[str, int]:
+    """Give the MiB that the next snapshots of the warehouse need, as ``need``, and those free for them, as ``free``.
+
+    One more than are kept is there for a moment. Without a warehouse, none is needed.
+    """
+    if not warehouse.is_file():
+        return {"need": 0, "free": 0}
+    found = os.statvfs(warehouse.parent)
+    shared = output("stat", "--file-system", "--format=%T", str(warehouse.parent)).strip() in SHARING
+    coming = 0 if shared else max(kept + 1 - len(list(published.glob("warehouse-*.duckdb"))), 1)
+    need = coming * (warehouse.stat().st_size >> 20) + KEPT_FREE
+    return {"need": need, "free": found.f_bavail * found.f_frsize >> 20}
 
 
 def packages() -> list[str]:
@@ -141,6 +174,9 @@ def main() -> None:
     options = {
         "bind": {"type": "str", "required": True},
         "port": {"type": "str", "required": True},
+        "warehouse": {"type": "path", "required": True},
+        "published": {"type": "path", "required": True},
+        "snapshots": {"type": "int", "required": True},
         "users": {"type": "list", "elements": "str", "default": []},
     }
     module = AnsibleModule(options, supports_check_mode=True)
@@ -148,6 +184,9 @@ def main() -> None:
         changed=False,
         memory=memory(),
         disk=disk(),
+        snapshots=snapshots(
+            *(Path(module.params[name]) for name in ("warehouse", "published")), module.params["snapshots"]
+        ),
         installed=Path("/etc/data-platform/dagster").exists(),
         packages=packages(),
         foreign_settings=SETTINGS.exists() and "data-platform.options=" not in SETTINGS.read_text(),

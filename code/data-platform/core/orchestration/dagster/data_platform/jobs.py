@@ -1,10 +1,12 @@
 """Jobs: what an operator or a schedule launches."""
 
+from pathlib import Path
 from time import perf_counter
 
 import dagster as dg
 
-from data_platform.resources import DUCKDB_POOL, Warehouse
+from data_platform.publishing import publish
+from data_platform.resources import DUCKDB_POOL, Published, Warehouse
 
 SMOKE_TAG = "data_platform/smoke"
 
@@ -61,3 +63,18 @@ def write_and_read_back(context: dg.OpExecutionContext, warehouse: Warehouse) ->
 def smoke() -> None:
     """Proves in seconds that runs start and that the warehouse and the metadata database can be written and read."""
     write_and_read_back()
+
+
+@dg.op(pool=DUCKDB_POOL)
+def take_snapshot(context: dg.OpExecutionContext, warehouse: Warehouse, published: Published) -> None:
+    """Publish what the warehouse holds now."""
+    started = perf_counter()
+    snapshot = publish(warehouse, Path(published.path), published.kept)
+    seconds = perf_counter() - started
+    context.add_output_metadata({"snapshot": snapshot.name, "bytes": snapshot.bytes, "seconds": seconds})
+
+
+@dg.job(tags={"dagster/priority": "1"})
+def publish_warehouse() -> None:
+    """Gives readers a new snapshot; the sensor changed_warehouse launches it when something was written."""
+    take_snapshot()

@@ -6,6 +6,8 @@
 | `DATA_PLATFORM_DUCKDB_MEMORY` | memory limit of each DuckDB process, e.g. `1GB`      | `1GB`                        |
 | `DATA_PLATFORM_SCRATCH`       | writable directory for spills and dbt's run artifacts| the system's temp directory  |
 | `DATA_PLATFORM_LANDING`       | directory that files to be loaded are dropped in     | `landing` in `/tmp`          |
+| `DATA_PLATFORM_PUBLISHED`     | directory of the snapshots for readers               | `published` in `/tmp`        |
+| `DATA_PLATFORM_SNAPSHOTS`     | how many snapshots are kept                          | 2                            |
 
 `profiles.yml` reads the same variables. The code tree may be read-only: the dbt project is parsed at image build, and
 every dbt run writes to a directory of its own under scratch. If the image is built with the run-time values of these
@@ -14,7 +16,7 @@ variables, dbt reuses that parse in every run.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import metadata
@@ -31,6 +33,8 @@ os.environ.setdefault("DATA_PLATFORM_WAREHOUSE", str(Path(tempfile.gettempdir(),
 os.environ.setdefault("DATA_PLATFORM_DUCKDB_MEMORY", "1GB")
 os.environ.setdefault("DATA_PLATFORM_SCRATCH", tempfile.gettempdir())
 os.environ.setdefault("DATA_PLATFORM_LANDING", str(Path(tempfile.gettempdir(), "landing")))
+os.environ.setdefault("DATA_PLATFORM_PUBLISHED", str(Path(tempfile.gettempdir(), "published")))
+os.environ.setdefault("DATA_PLATFORM_SNAPSHOTS", "2")
 
 
 class WarehouseError(RuntimeError):
@@ -80,13 +84,23 @@ class Landing(dg.ConfigurableResource):
         return folder
 
 
+class Published(dg.ConfigurableResource):
+    """The snapshots that readers get, which `data_platform.publishing` describes."""
+
+    path: str
+    kept: int
+
+
 class Dbt(DbtCliResource):
-    """The dbt command line, without asking the network for newer versions before every command."""
+    """The dbt command line, neither asked for its version nor loaded into this process: both take seconds."""
 
     @cached_property
     def _cli_version(self) -> Version:
         # dagster-dbt runs `dbt --version`, which takes seconds and asks PyPI for newer versions.
         return Version(metadata.version("dbt-core"))
+
+    def _initialize_dbt_core_adapter(self, args: Sequence[str]) -> None:
+        """Have none: `count_rows` needs no dbt."""
 
 
 def count_rows(connection: duckdb.DuckDBPyConnection, table: str) -> int:
@@ -130,5 +144,6 @@ RESOURCES = {
         scratch=dg.EnvVar("DATA_PLATFORM_SCRATCH"),
     ),
     "landing": Landing(path=dg.EnvVar("DATA_PLATFORM_LANDING")),
+    "published": Published(path=dg.EnvVar("DATA_PLATFORM_PUBLISHED"), kept=dg.EnvVar.int("DATA_PLATFORM_SNAPSHOTS")),
     "dbt": Dbt(project_dir=dbt_project),
 }
