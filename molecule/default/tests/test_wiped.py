@@ -23,7 +23,7 @@ find /var/lib/data-platform -maxdepth 1 -printf '%p %M %U %G\\n' | sort
 cd /etc; find data-platform docker systemd/system -type f | sort | xargs sha256sum
 find /var/tmp /tmp -name 'data-platform*'
 """
-RUNS = "select count(*) from runs"
+RUNS = "select count(*) from runs where pipeline_name = 'smoke'"
 ROWS = "select count(*) from platform.smoke"
 
 KILLS = [

@@ -3,13 +3,13 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from conftest import ROOT, SERVICES, Platform
-from test_runs import CONTAINER, retries, started, status
+from test_runs import CONTAINER, TERMINATE, messages, retries, running, started, status
 
 slow = pytest.mark.slow
 UNITS = [*SERVICES, "dagster-code-workload", "data-platform-engine"]
@@ -47,7 +47,6 @@ class Workload:
     patient: str
     writer: str
     waiting: list[str]
-    lost: list[str] = field(default_factory=list)
 
     @property
     def runs(self) -> list[str]:
@@ -151,6 +150,34 @@ def workload(host: Any, platform: Platform) -> Iterator[Workload]:
     yield Workload(platform, patient, writer, waiting)
 
 
+CUT = """
+own=/proc/$(docker inspect --format '{{.State.Pid}}' dagster-daemon)/ns/net
+nsenter --net=$own nft 'add table inet cut; add chain inet cut out { type filter hook output priority 0; }
+    add rule inet cut out tcp dport 5432 drop'
+sleep 30
+nsenter --net=$own nft delete table inet cut
+"""
+
+
+def exceed_memory(host: Any, workload: Workload) -> None:
+    """Have one more run, which the kernel kills for its memory beside the others."""
+    platform = workload.platform
+    run = platform.launch("greedy", {"dagster/priority": "1"}, location="workload")
+    assert platform.finished(run, 120) == "FAILURE"
+    assert "exceeded its memory limit of 600m" in messages(platform, run)
+
+
+def cancel_writer(host: Any, workload: Workload) -> None:
+    """Cancel the run that holds the pool, while another one waits for it."""
+    platform, cancelled = workload.platform, workload.writer
+    config = {"write": {"transactions": 3}}
+    workload.writer = platform.launch("writer", {"dagster/priority": "1"}, location="workload", config=config)
+    assert platform.postgres("SELECT run_id FROM concurrency_slots WHERE run_id IS NOT NULL") == [cancelled]
+    assert platform.graphql(TERMINATE, run=cancelled)["terminateRun"]["__typename"] == "TerminateRunSuccess"
+    assert platform.finished(cancelled, 40) == "CANCELED"
+    assert not running(host, cancelled)
+
+
 FAULTS = [
     *[
         pytest.param(f"docker kill {name}", id=f"{name} killed", marks=[slow][: name != "dagster-daemon"])
@@ -160,9 +187,9 @@ FAULTS = [
     pytest.param(
         "systemctl stop data-platform-engine; sleep 30; systemctl start data-platform-engine", id="proxy down for 30 s"
     ),
-    pytest.param(KILL_RUN.format(run="{patient}"), id="process of a run killed", marks=slow),
+    pytest.param(KILL_RUN.replace("{run}", "{patient}"), id="process of a run killed", marks=slow),
     pytest.param(f"docker kill {CONTAINER.format('{patient}')}", id="container of a run killed"),
-    pytest.param(KILL_RUN.format(run="{writer}"), id="writer killed in mid-transaction"),
+    pytest.param(KILL_RUN.replace("{run}", "{writer}"), id="writer killed in mid-transaction"),
     pytest.param(
         f"docker kill {CONTAINER.format('{patient}')} dagster-code-workload", id="run and code server killed together"
     ),
@@ -180,20 +207,27 @@ FAULTS = [
         id="code server restarted 5 times",
         marks=slow,
     ),
+    pytest.param(CUT, id="network between daemon and PostgreSQL cut for 30 s"),
+    pytest.param(exceed_memory, id="too much memory in another run", marks=slow),
+    pytest.param(cancel_writer, id="run that holds the pool cancelled"),
 ]
 
 
-@pytest.mark.parametrize("command", FAULTS)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_no_run_is_lost(
-    host: Any, workload: Workload, record: Callable[..., None], table: list[str], command: str
+    host: Any, workload: Workload, record: Callable[..., None], table: list[str], fault: str | Callable[..., None]
 ) -> None:
     began = time.monotonic()
-    host.check_output("sh -c %s", command.format(patient=workload.patient, writer=workload.writer))
+    if isinstance(fault, str):
+        named = fault.replace("{patient}", workload.patient).replace("{writer}", workload.writer)
+        host.check_output("sh -c %s", named)
+    else:
+        fault(host, workload)
     inflicted = time.monotonic()
     workload.platform.wait(lambda: ready(host, workload.platform), {"ready"}, 120)
     seconds = time.monotonic() - inflicted
     invariants(host, workload)
-    name = next(fault.id for fault in FAULTS if fault.values[0] == command)
+    name = next(known.id for known in FAULTS if known.values[0] == fault)
     everything = time.monotonic() - began
     record(name, seconds, f"nothing; all runs after {everything:.0f} s")
     table.append(f"| {name} | {seconds:.1f} | {everything:.0f} | {' | '.join(['kept'] * 5)} |\n")

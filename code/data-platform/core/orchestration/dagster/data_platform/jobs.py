@@ -59,9 +59,12 @@ def write_and_read_back(context: dg.OpExecutionContext, warehouse: Warehouse) ->
     context.log.info(f"warehouse: {warehouse_ms:.0f} ms, metadata database: {metadata_ms:.0f} ms")
 
 
-@dg.job
+@dg.job(tags={"dagster/priority": "10"})
 def smoke() -> None:
-    """Proves in seconds that runs start and that the warehouse and the metadata database can be written and read."""
+    """Proves in seconds that runs start and that the warehouse and the metadata database can be written and read.
+
+    It goes before all that waits.
+    """
     write_and_read_back()
 
 

@@ -1,0 +1,107 @@
+"""The warehouse: a full disk loses nothing, many writers at once succeed, and readers never wait."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import WAREHOUSE, Platform
+from test_faults import JOURNAL
+from test_runs import messages, started, status
+
+FOLDER = WAREHOUSE.rpartition("/")[0]
+PUBLISHED = "/var/lib/data-platform/published"
+FILL = f"{FOLDER}/fill"
+OWN_DISK = f"""
+systemctl stop dagster-code dagster-code-workload
+mkdir /root/aside && mv {FOLDER}/* /root/aside/
+mount -t tmpfs -o size=48m,mode=0700,uid=10001,gid=10001 warehouse {FOLDER}
+systemctl start dagster-code dagster-code-workload
+"""
+FORMER_DISK = f"""
+systemctl stop dagster-code dagster-code-workload
+umount {FOLDER} && mv /root/aside/* {FOLDER}/ && rmdir /root/aside
+systemctl start dagster-code dagster-code-workload
+"""
+READER = f"""
+import duckdb, json, pathlib, time
+reads, longest, seen = 0, 0.0, set()
+while not pathlib.Path("/tmp/enough").exists():
+    began = time.monotonic()
+    with duckdb.connect("{PUBLISHED}/warehouse.duckdb", read_only=True) as connection:
+        left, right = (
+            connection.execute(f"select count(*) from workload.{{table}}").fetchone()[0]
+            for table in ("left_hand", "right_hand")
+        )
+    assert left == right, f"half a transaction was published: {{left}} and {{right}}"
+    reads, longest = reads + 1, max(longest, time.monotonic() - began)
+    seen.add(pathlib.Path("{PUBLISHED}/warehouse.duckdb").readlink().name)
+    time.sleep(0.05)
+print(json.dumps([reads, longest, len(seen)]))
+"""
+
+
+def rows(platform: Platform) -> set[tuple[str, str]]:
+    """Give the rows of the workload, after a look that no transaction is there by half."""
+    left, right = (
+        {(writer, str(number)) for writer, number in platform.duckdb(f"from workload.{table}")}
+        for table in ("left_hand", "right_hand")
+    )
+    assert left == right
+    return left
+
+
+@pytest.fixture
+def own_disk(host: Any) -> Iterator[None]:
+    """Give the warehouse a small file system of its own."""
+    host.check_output("sh -ec %s", OWN_DISK)
+    yield
+    host.check_output("sh -ec %s", FORMER_DISK)
+
+
+@pytest.mark.usefixtures("own_disk")
+def test_full_disk_is_named_and_loses_nothing(host: Any, platform: Platform) -> None:
+    host.check_output("truncate --size=0 %s", JOURNAL)
+    write = {"write": {"transactions": 100_000}}
+    run = platform.launch("writer", location="workload", config=write)
+    started(platform, run)
+    host.run(f"dd if=/dev/zero of={FILL} bs=64k")
+    assert platform.finished(run, 120) == "FAILURE"
+    assert "No space left on device" in messages(platform, run)
+    host.check_output(f"rm {FILL}")
+    acknowledged = {tuple(line.split()) for line in host.check_output("cat %s", JOURNAL).splitlines()}
+    assert acknowledged <= rows(platform)
+    assert len(acknowledged) > 0
+    again = platform.launch("writer", location="workload", config={"write": {"transactions": 3}})
+    assert platform.finished(again) == "SUCCESS"
+    assert {(again, str(number)) for number in range(3)} <= rows(platform)
+
+
+@pytest.mark.slow
+def test_fifty_writers_at_once_and_a_reader(host: Any, platform: Platform) -> None:
+    config = {"write": {"transactions": 3}}
+    assert platform.finished(platform.launch("writer", location="workload", config=config)) == "SUCCESS"
+    assert platform.finished(platform.launch("publish_warehouse")) == "SUCCESS"
+    reader = "docker exec --detach dagster-code-workload sh -c 'python -c \"$0\" > /tmp/read 2>&1' %s"
+    host.check_output(reader, READER)
+    began = time.monotonic()
+    writers, smokes = [], []
+    for number in range(50):
+        writers.append(platform.launch("writer", location="workload", config=config))
+        if number % 10 == 9:
+            smokes.append(platform.launch("smoke"))
+    for smoke in smokes:
+        assert platform.finished(smoke, 120) == "SUCCESS"
+    left = sum(status(platform, run) != "SUCCESS" for run in writers)
+    assert left > 0, "smoke finishes while writers wait"
+    for run in writers:
+        assert platform.finished(run, 400) == "SUCCESS"
+    seconds = time.monotonic() - began
+    host.check_output("docker exec dagster-code-workload touch /tmp/enough; sleep 3")
+    reads, longest, snapshots = json.loads(host.check_output("docker exec dagster-code-workload cat /tmp/read"))
+    print(
+        f"50 writers, 5 smokes: {seconds:.0f} s; {reads} reads, the longest {longest:.2f} s, of {snapshots} snapshots"
+    )
+    assert reads > seconds
+    assert longest < 2
