@@ -34,6 +34,10 @@ print(connection.getresponse().status)
 """
 
 
+POLL, STOP_TIMEOUT, START_TIMEOUT = 5, 30, 180
+"""Seconds between two looks at runs in progress; that a run is given to end, and to start."""
+
+
 def status(platform: Platform, run: str) -> str:
     """Give the state of a run."""
     return platform.graphql(STATUS, run=run)["runOrError"]["status"]
@@ -57,6 +61,11 @@ def retries(platform: Platform, run: str) -> list[dict[str, str]]:
 def inspected(host: Any, run: str) -> dict[str, Any]:
     """Give what Docker says of a run's container."""
     return json.loads(host.check_output("docker inspect %s", CONTAINER.format(run)))[0]
+
+
+def pids(host: Any, run: str) -> list[str]:
+    """Give the processes of a run's container: init, what watches, the run, and what that has started."""
+    return host.run("docker top %s -eo pid", CONTAINER.format(run)).stdout.split()[1:]
 
 
 def running(host: Any, run: str) -> bool:
@@ -108,9 +117,8 @@ def test_run_has_a_container_that_gets_nothing_of_what_its_location_asks_for(hos
 
 
 def test_kernel_contains_the_run(host: Any, patient: str) -> None:
-    pids = host.check_output("docker top %s -eo pid", CONTAINER.format(patient)).split()[1:]
     scores = []
-    for pid in pids:
+    for pid in pids(host, patient):
         fields = dict(
             line.split(":\t", 1)
             for line in host.file(f"/proc/{pid}/status").content_string.splitlines()
@@ -221,6 +229,38 @@ def test_cancelled_run_ends_and_so_does_its_container(host: Any, platform: Platf
     assert platform.graphql(TERMINATE, run=run)["terminateRun"]["__typename"] == "TerminateRunSuccess"
     assert platform.finished(run, 40) == "CANCELED"
     assert not running(host, run)
+
+
+def test_cancelled_run_that_hangs_is_killed(host: Any, platform: Platform) -> None:
+    run = platform.launch("patient", location="workload", config={"wait": {"seconds": 100}})
+    started(platform, run)
+    host.check_output(f"kill -STOP {' '.join(pids(host, run)[1:])}")
+    began = time.monotonic()
+    assert platform.graphql(TERMINATE, run=run)["terminateRun"]["__typename"] == "TerminateRunSuccess"
+    assert platform.finished(run, 60) == "CANCELED"
+    assert time.monotonic() - began < STOP_TIMEOUT + POLL
+    assert not running(host, run)
+
+
+def test_started_run_that_died_is_found_within_two_polls(host: Any, platform: Platform) -> None:
+    run = platform.launch("patient", {"dagster/max_retries": "0"}, "workload", {"wait": {"seconds": 100}})
+    started(platform, run)
+    host.check_output("docker kill %s", CONTAINER.format(run))
+    began = time.monotonic()
+    assert platform.finished(run, 60) == "FAILURE"
+    assert time.monotonic() - began < 2 * POLL + 1
+
+
+@pytest.mark.slow
+def test_run_that_hangs_while_it_starts_is_found_within_its_timeout_and_a_poll(host: Any, platform: Platform) -> None:
+    run = platform.launch("patient", {"dagster/max_retries": "0"}, "workload", {"wait": {"seconds": 100}})
+    platform.wait(lambda: str(len(pids(host, run))), {"3"}, 30)
+    host.check_output(f"kill -STOP {pids(host, run)[2]}")
+    began = time.monotonic()
+    assert status(platform, run) == "STARTING"
+    assert platform.finished(run, 300) == "FAILURE"
+    assert time.monotonic() - began < START_TIMEOUT + POLL + 1
+    platform.wait(lambda: str(running(host, run)), {"False"}, 90)
 
 
 @pytest.mark.parametrize("by_a_child", [False, True])
