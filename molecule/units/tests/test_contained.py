@@ -137,7 +137,7 @@ def test_documentation_lists_what_is_asserted_and_why_the_rest_is_not() -> None:
 
 def test_service_is_no_root_and_its_place_in_the_row_is_known(name: str, process: dict[str, str]) -> None:
     assert "0" not in process["Uid"].split()
-    scores = {"dagster-postgres": 0, "dagster-code": 300}
+    scores = {"dagster-postgres": 50, "dagster-code": 300}
     assert int(process["oom_score_adj"]) == scores.get(name, 100)
 
 
