@@ -11,6 +11,7 @@ from dagster import DagsterInstance
 from dagster._daemon import cli, controller
 from dagster._daemon.auto_run_reexecution import auto_run_reexecution
 from dagster._daemon.monitoring import run_monitoring
+from dagster_postgres import utils
 from data_platform_runtime import daemon
 
 
@@ -49,6 +50,7 @@ def loop(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         monkeypatch.setattr(controller, name, getattr(controller, name))
     monkeypatch.setattr(auto_run_reexecution, "retry_run", auto_run_reexecution.retry_run)
     monkeypatch.setattr(run_monitoring, "check_run_timeout", run_monitoring.check_run_timeout)
+    monkeypatch.setattr(utils, "create_engine", utils.create_engine)
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     monkeypatch.setenv("DATA_PLATFORM_POOLS", '{"duckdb": 1}')
     monkeypatch.setattr(cli, "cli", lambda arguments, obj: started.append(arguments))

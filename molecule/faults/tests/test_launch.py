@@ -13,8 +13,8 @@ SELECT dagster_event_type || ' ' || extract(epoch FROM timestamp) FROM event_log
 WHERE run_id = '{}' AND dagster_event_type IS NOT NULL ORDER BY id
 """
 PARTS = [
-    ("queue", "PIPELINE_ENQUEUED", "PIPELINE_DEQUEUED"),
-    ("container", "PIPELINE_DEQUEUED", "ENGINE_EVENT"),
+    ("queue", "PIPELINE_ENQUEUED", "PIPELINE_STARTING"),
+    ("container", "PIPELINE_STARTING", "ENGINE_EVENT"),
     ("import and code", "ENGINE_EVENT", "PIPELINE_START"),
     ("step", "PIPELINE_START", "STEP_SUCCESS"),
     ("end", "STEP_SUCCESS", "PIPELINE_SUCCESS"),

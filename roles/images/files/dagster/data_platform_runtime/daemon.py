@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> None:
     from dagster import DagsterInstance
     from dagster._daemon import cli, controller
 
-    from data_platform_runtime import recovery
+    from data_platform_runtime import connections, recovery
 
     class Controller(controller.DagsterDaemonController):
         """The daemon's main loop, whose minute is over when it is asked to read."""
@@ -47,6 +47,7 @@ def run(arguments: list[str]) -> None:
 
     controller.DagsterDaemonController = Controller
     controller.THREAD_CHECK_INTERVAL = INTERVAL
+    connections.keep()
     recovery.keep_retries()
     recovery.explain_timeouts()
     with DagsterInstance.get() as instance:
