@@ -37,7 +37,7 @@ HOSTS: dict[str, dict[str, Any]] = {
         ],
         "dagster_examples": True,
         "dagster_config": {"run_monitoring": {"poll_interval_seconds": 5}, "telemetry": {"enabled": True}},
-        "dagster_dequeue_interval": "3",
+        "dagster_dequeue_interval": "2.5",
         "dagster_max_concurrent_runs": "7",
         "dagster_max_retries": "0",
         "dagster_max_runtime": "3600",
@@ -80,7 +80,6 @@ HOSTS: dict[str, dict[str, Any]] = {
     },
 }
 OVERRIDDEN = {
-    ("run_coordinator", "config", "dequeue_interval_seconds"): 3,
     ("concurrency", "runs", "max_concurrent_runs"): 7,
     ("run_retries", "max_retries"): 0,
     ("run_monitoring", "max_runtime_seconds"): 3600,

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,12 +47,18 @@ def workspace() -> Workspace:
 def loop(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The main loop that the daemon would run, without its threads."""
     started: list[list[str]] = []
-    for name in ("DagsterDaemonController", "EventLogConsumerDaemon", "THREAD_CHECK_INTERVAL"):
+    for name in (
+        "DagsterDaemonController",
+        "EventLogConsumerDaemon",
+        "QueuedRunCoordinatorDaemon",
+        "THREAD_CHECK_INTERVAL",
+    ):
         monkeypatch.setattr(controller, name, getattr(controller, name))
     monkeypatch.setattr(auto_run_reexecution, "retry_run", auto_run_reexecution.retry_run)
     monkeypatch.setattr(run_monitoring, "check_run_timeout", run_monitoring.check_run_timeout)
     monkeypatch.setattr(utils, "create_engine", utils.create_engine)
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setenv("DATA_PLATFORM_DEQUEUE_INTERVAL", "0.5")
     monkeypatch.setenv("DATA_PLATFORM_POOLS", '{"duckdb": 1}')
     monkeypatch.setattr(cli, "cli", lambda arguments, obj: started.append(arguments))
     assert daemon.main(["run", "--workspace=here"]) == 0
@@ -123,3 +130,10 @@ def test_daemon_that_does_not_read_is_told_of(monkeypatch: pytest.MonkeyPatch, c
 def test_wrong_use_is_told_of(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     assert daemon.main(arguments) == 2
     assert capsys.readouterr().err.startswith("usage: ")
+
+
+@pytest.mark.usefixtures("loop")
+def test_queue_is_looked_at_as_often_as_the_environment_says() -> None:
+    instance = SimpleNamespace(run_coordinator=SimpleNamespace(dequeue_interval_seconds=5))
+    queue = controller.create_daemon_of_type("QUEUED_RUN_COORDINATOR", instance)
+    assert queue.interval_seconds == 0.5

@@ -107,7 +107,7 @@ HOSTS = {
             r"dagster_code_locations\[0\] \(\S+:6\) lacks module: add it\.",
             r"dagster_code_locations\[0\]\.secrets \(\S+:10\) is a str: make it a dict\.",
             r"dagster_code_locations\[0\]\.limits\.pids \(\S+:11\) is a str: make it an int\.",
-            r"dagster_dequeue_interval \(\S+:12\) is a str: make it an int\.",
+            r"dagster_dequeue_interval \(\S+:12\) is a str: make it a float\.",
             r"dagster_config \(\S+:13\) cannot be resolved: .*'my_config' is undefined\.",
             r"docker_daemon_options has no value: give it a dict, or remove it\.",
             r"dagster_metadata_url holds a password, .*: take it out, and let the libpq password file .* hold it\.",

@@ -14,12 +14,12 @@ LANDING = "/var/lib/data-platform/landing"
 SERVICES = ["dagster-postgres", "dagster-code", "dagster-code-examples", "dagster-daemon", "dagster-webserver"]
 OVERRIDDEN = yaml.safe_load((ROOT / "molecule/ssh/inventory/group_vars/data_platform/overridden.yml").read_text())
 SETTINGS = """
-import json
+import json, os
 from dagster import DagsterInstance
 with DagsterInstance.get() as instance:
     print(json.dumps({
         "dagster_config": {"schedules": {"num_workers": instance.get_settings("schedules")["num_workers"]}},
-        "dagster_dequeue_interval": instance.run_coordinator.dequeue_interval_seconds,
+        "dagster_dequeue_interval": float(os.environ["DATA_PLATFORM_DEQUEUE_INTERVAL"]),
         "dagster_max_concurrent_runs": instance.get_concurrency_config().run_queue_config.max_concurrent_runs,
         "dagster_max_retries": instance.run_retries_max_retries,
         "dagster_max_runtime": instance.run_monitoring_max_runtime_seconds,

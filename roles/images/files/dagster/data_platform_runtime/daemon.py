@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 TIMEOUT = 60.0
 """Seconds that reading may take."""
@@ -45,7 +46,15 @@ def run(arguments: list[str]) -> None:
                 ASKED.unlink()
             return read
 
+    class Queue(controller.QueuedRunCoordinatorDaemon):
+        """The queue of runs, looked at after parts of a second too: Dagster's own setting knows whole ones only."""
+
+        def __init__(self, interval_seconds: float, **options: Any) -> None:
+            """Take the interval from the environment, where it says one."""
+            super().__init__(float(os.environ.get("DATA_PLATFORM_DEQUEUE_INTERVAL", interval_seconds)), **options)
+
     controller.DagsterDaemonController = Controller
+    controller.QueuedRunCoordinatorDaemon = Queue
     controller.THREAD_CHECK_INTERVAL = INTERVAL
     connections.keep()
     recovery.keep_retries()
