@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import WAREHOUSE, Platform
 from test_faults import JOURNAL
-from test_runs import messages, started, status
+from test_runs import started, status
 
 FOLDER = WAREHOUSE.rpartition("/")[0]
 PUBLISHED = "/var/lib/data-platform/published"
@@ -62,13 +62,14 @@ def own_disk(host: Any) -> Iterator[None]:
 
 @pytest.mark.usefixtures("own_disk")
 def test_full_disk_is_named_and_loses_nothing(host: Any, platform: Platform) -> None:
-    host.check_output("truncate --size=0 %s", JOURNAL)
+    host.check_output("truncate --no-create --size=0 %s", JOURNAL)
     write = {"write": {"transactions": 100_000}}
     run = platform.launch("writer", location="workload", config=write)
     started(platform, run)
     host.run(f"dd if=/dev/zero of={FILL} bs=64k")
     assert platform.finished(run, 120) == "FAILURE"
-    assert "No space left on device" in messages(platform, run)
+    said = f"SELECT count(*) > 0 FROM event_logs WHERE run_id = '{run}' AND event LIKE '%No space left on device%'"
+    assert platform.postgres(said) == ["t"]
     host.check_output(f"rm {FILL}")
     acknowledged = {tuple(line.split()) for line in host.check_output("cat %s", JOURNAL).splitlines()}
     assert acknowledged <= rows(platform)
