@@ -87,16 +87,17 @@ def test_fifty_writers_at_once_and_a_reader(host: Any, platform: Platform) -> No
     reader = "docker exec --detach dagster-code-workload sh -c 'python -c \"$0\" > /tmp/read 2>&1' %s"
     host.check_output(reader, READER)
     began = time.monotonic()
-    writers, smokes = [], []
+    writers, smokes, publishing = [], [], []
     for number in range(50):
         writers.append(platform.launch("writer", location="workload", config=config))
         if number % 10 == 9:
             smokes.append(platform.launch("smoke"))
+            publishing.append(platform.launch("publish_warehouse"))
     for smoke in smokes:
         assert platform.finished(smoke, 120) == "SUCCESS"
     left = sum(status(platform, run) != "SUCCESS" for run in writers)
     assert left > 0, "smoke finishes while writers wait"
-    for run in writers:
+    for run in writers + publishing:
         assert platform.finished(run, 400) == "SUCCESS"
     seconds = time.monotonic() - began
     host.check_output("docker exec dagster-code-workload touch /tmp/enough; sleep 3")
@@ -105,4 +106,5 @@ def test_fifty_writers_at_once_and_a_reader(host: Any, platform: Platform) -> No
         f"50 writers, 5 smokes: {seconds:.0f} s; {reads} reads, the longest {longest:.2f} s, of {snapshots} snapshots"
     )
     assert reads > seconds
+    assert snapshots > 2
     assert longest < 2
