@@ -21,7 +21,7 @@ systemctl start dagster-code dagster-code-workload
 """
 FORMER_DISK = f"""
 systemctl stop dagster-code dagster-code-workload
-umount {FOLDER} && mv /root/aside/* {FOLDER}/ && rmdir /root/aside
+umount {FOLDER} && mv /root/aside/* {FOLDER}/ && rmdir /root/aside && truncate --size=0 {JOURNAL}
 systemctl start dagster-code dagster-code-workload
 """
 READER = f"""
