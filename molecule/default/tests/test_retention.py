@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, Platform
+from conftest import ROOT, STATUS, Platform
 
 CODE = "data-platform/code-core"
 SLOTS = 'mutation($count: Int!) { setConcurrencyLimit(concurrencyKey: "duckdb", limit: $count) }'
@@ -18,6 +18,11 @@ def tags(host: Any, repository: str) -> dict[str, str]:
     """Give the IDs of a repository's images by tag."""
     listed = host.check_output(f"docker image ls --no-trunc --format '{{{{.Tag}}}} {{{{.ID}}}}' {repository}")
     return dict(line.split() for line in listed.splitlines())
+
+
+def status(platform: Platform, run: str) -> str:
+    """Give the state of a run."""
+    return platform.graphql(STATUS, run=run)["runOrError"]["status"]
 
 
 def build_cache(host: Any) -> str:
@@ -42,7 +47,7 @@ def ship(play: Callable[..., int], tmp_path: Path) -> Callable[..., int]:
 
 @pytest.fixture
 def slots(platform: Platform) -> Iterator[Callable[[int], object]]:
-    """Set how many slots the pool has that smoke wants; with none, its runs stay queued."""
+    """Set how many slots the pool has that smoke wants; with none, two runs are started and wait, others are queued."""
     yield lambda count: platform.graphql(SLOTS, count=count)
     platform.graphql(SLOTS, count=1)
 
@@ -63,7 +68,10 @@ def test_only_what_something_needs_stays(
     second = tags(host, CODE)["current"]
     assert tags(host, CODE)["previous"] == first != second
     slots(0)
-    queued = platform.launch("smoke")
+    waiting = [platform.launch("smoke") for _ in range(3)]
+    for run in waiting[:2]:
+        platform.wait(lambda run=run: status(platform, run), {"STARTED"}, 60)
+    assert status(platform, waiting[2]) == "QUEUED"
 
     assert build_cache(host) != "0B"
     ship("third", retention_build_cache="0")
@@ -75,10 +83,11 @@ def test_only_what_something_needs_stays(
     play()
     found = tags(host, CODE)
     assert (found["current"], found["previous"]) == (first, third)
-    assert second in found.values(), "a queued run names it"
+    assert second in found.values(), "runs in progress and a queued one name it"
 
     slots(1)
-    assert platform.finished(queued) == "SUCCESS"
+    for run in waiting:
+        assert platform.finished(run) == "SUCCESS"
     host.check_output("docker rm stopped")
     host.check_output("/usr/local/lib/data-platform/finished-runs --hours=0 --days=90")
     assert host.check_output("docker ps --all --quiet --filter label=dagster/run_id") == ""

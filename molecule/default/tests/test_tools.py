@@ -55,7 +55,7 @@ os.waitpid(pid, 0)
 @pytest.fixture(scope="module", autouse=True)
 def people(host: Any, platform: Platform) -> Iterator[None]:
     """A user who is a member of the group and one who is not; and a warehouse with something in it."""
-    host.check_output("docker exec --interactive dagster-code python -c %s <<< ''", WRITE)
+    host.check_output("echo | docker exec --interactive dagster-code python -c %s", WRITE)
     publish(platform)
     host.check_output("useradd --groups data-platform member && useradd other")
     yield
