@@ -87,7 +87,7 @@ def test_change_killed_before_its_restart_reaches_the_services(
 ) -> None:
     changed = ["--extra-vars", '{"dagster_config": {"concurrency": {"runs": {"max_concurrent_runs": 7}}}}']
     running = containers(host)
-    kill("service : Install the program that the units call", 0.0, True, *changed)
+    kill("service : Install what the units need", 0.0, True, *changed)
     assert play(*changed) > 0
     after = containers(host)
     assert {name for name in SERVICES if after[name] != running[name]} == set(SERVICES) - {"dagster-postgres"}
