@@ -31,7 +31,7 @@ KILLS = [
     ("images : Build the root file system", 4.0, True),
     ("images : Import it", 0.3, False),
     ("images : Build the last", 8.0, False),
-    ("postgres : Hand it to the clients", 0.0, False),
+    ("postgres : Hand the clients theirs", 0.0, False),
     ("dagster : Configure Dagster", 1.0, True),
     ("service : Remove services that are no longer described", 3.0, True),
 ]
