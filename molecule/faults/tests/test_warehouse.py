@@ -15,13 +15,13 @@ PUBLISHED = "/var/lib/data-platform/published"
 FILL = f"{FOLDER}/fill"
 OWN_DISK = f"""
 systemctl stop dagster-code dagster-code-workload
-mkdir /root/aside && mv {FOLDER}/* /root/aside/
+mkdir /var/tmp/aside && mv {FOLDER}/* /var/tmp/aside/
 mount -t tmpfs -o size=48m,mode=0700,uid=10001,gid=10001 warehouse {FOLDER}
 systemctl start dagster-code dagster-code-workload
 """
 FORMER_DISK = f"""
 systemctl stop dagster-code dagster-code-workload
-umount {FOLDER} && mv /root/aside/* {FOLDER}/ && rmdir /root/aside && truncate --size=0 {JOURNAL}
+umount {FOLDER} && mv /var/tmp/aside/* {FOLDER}/ && rmdir /var/tmp/aside && truncate --size=0 {JOURNAL}
 systemctl start dagster-code dagster-code-workload
 """
 READER = f"""
