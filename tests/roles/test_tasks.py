@@ -231,3 +231,11 @@ def test_role_has_its_files(role: str) -> None:
     assert (folder / "meta" / "argument_specs.yml").is_file()
     assert (folder / "defaults" / "main.yml").is_file() or (folder / "vars" / "main.yml").is_file()
     assert (folder / "tasks" / "main.yml").is_file()
+
+
+def test_tasks_in_which_a_test_kills_the_play_are_there() -> None:
+    killed = re.findall(r'"(\w+) : ([^"]+)"', (ROOT / "molecule/default/tests/test_wiped.py").read_text())
+    assert len(killed) > 5
+    for role, name in killed:
+        files = (ROOT / "roles" / role / "tasks").glob("*.yml")
+        assert any(f"name: {name}" in file.read_text() for file in files), f"{role} : {name}"
