@@ -29,6 +29,16 @@ mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
 STATUS = """
 query($run: ID!) { runOrError(runId: $run) { ... on Run { status stats { ... on RunStatsSnapshot { stepsFailed } } } } }
 """
+QUERY = """
+import duckdb, json, sys, time
+for attempt in range(100):
+    try:
+        connection = duckdb.connect(sys.argv[1], read_only=True)
+        break
+    except duckdb.IOException:
+        time.sleep(0.2)
+print(json.dumps(connection.execute(sys.argv[2]).fetchall()))
+"""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -91,12 +101,8 @@ class Platform:
         return answer
 
     def duckdb(self, query: str, file: str = WAREHOUSE) -> list[list[Any]]:
-        """Give the rows of a query to a database in the warehouse's directory."""
-        program = (
-            "import duckdb, json, sys; "
-            f"print(json.dumps(duckdb.connect('{file}', read_only=True).execute(sys.argv[1]).fetchall()))"
-        )
-        return json.loads(self.host.check_output("docker exec dagster-code python -c %s %s", program, query))
+        """Give the rows of a query to a database in the warehouse's directory, once no run has it open."""
+        return json.loads(self.host.check_output("docker exec dagster-code python -c %s %s %s", QUERY, file, query))
 
     def postgres(self, query: str) -> list[str]:
         """Give the rows of a query to the metadata database, as its administrator."""
