@@ -43,7 +43,8 @@ FAULTS = [
 ]
 CHANGED = f"systemctl show --property=InvocationID --value {' '.join(SERVICES)}"
 ROWS = """
-SELECT count(*) || ' ' || max(number) || ' ' || (SELECT count(*) FROM runs WHERE pipeline_name = 'smoke') FROM acknowledged
+SELECT count(*) || ' ' || max(number) || ' ' || (SELECT count(*) FROM runs WHERE pipeline_name = 'smoke')
+FROM acknowledged
 """
 
 
