@@ -15,13 +15,16 @@ PUBLISHED = "/var/lib/data-platform/published"
 FILL = f"{FOLDER}/fill"
 OWN_DISK = f"""
 systemctl stop dagster-code dagster-code-workload
-mkdir /var/tmp/aside && mv {FOLDER}/* /var/tmp/aside/
+mkdir /var/tmp/aside && find {FOLDER} -mindepth 1 -exec mv --target-directory=/var/tmp/aside {{}} +
 mount -t tmpfs -o size=48m,mode=0700,uid=10001,gid=10001 warehouse {FOLDER}
 systemctl start dagster-code dagster-code-workload
 """
 FORMER_DISK = f"""
 systemctl stop dagster-code dagster-code-workload
-umount {FOLDER} && mv /var/tmp/aside/* {FOLDER}/ && rmdir /var/tmp/aside && truncate --size=0 {JOURNAL}
+umount {FOLDER}
+find /var/tmp/aside -mindepth 1 -exec mv --target-directory={FOLDER} {{}} +
+rmdir /var/tmp/aside
+truncate --no-create --size=0 {JOURNAL}
 systemctl start dagster-code dagster-code-workload
 """
 READER = f"""
@@ -56,6 +59,7 @@ def test_full_disk_is_named_and_loses_nothing(host: Any, platform: Platform, pyt
     write = {"write": {"transactions": 100_000}}
     run = platform.launch("writer", location="workload", config=write)
     started(platform, run)
+    platform.wait(lambda: str(host.run(f"test -s {JOURNAL}").rc), {"0"}, 30)
     host.run(f"dd if=/dev/zero of={FILL} bs=64k")
     assert platform.finished(run, 120) == "FAILURE"
     said = f"SELECT count(*) > 0 FROM event_logs WHERE run_id = '{run}' AND event LIKE '%No space left on device%'"
