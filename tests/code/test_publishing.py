@@ -107,6 +107,7 @@ def test_full_disk_leaves_what_was_published(place: SimpleNamespace, monkeypatch
     with pytest.raises(place.publishing.NoRoomError, match=rf"{place.file} needs 0 MiB.*{place.directory} has \d+ MiB"):
         place.publish()
     assert place.publishing.newest(place.directory) == before
+    assert sorted(os.listdir(place.directory)) == sorted([*FILES, before.name])
     assert numbers(place.directory / "warehouse.duckdb") == [1]
 
 

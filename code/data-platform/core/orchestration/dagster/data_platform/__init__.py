@@ -1,5 +1,6 @@
 """The platform's own code location: ingests flight data, transforms it with dbt and reports on it."""
 
+import importlib
 import sys
 import warnings
 
@@ -10,6 +11,5 @@ warnings.filterwarnings("ignore", message=".*backfill_policy.* is currently in b
 # dagster_dbt loads all of dbt for the names of a few types, and has its own of these where dbt is missing. That is a
 # third of the time in which a run starts, and dbt is a process of its own anyway.
 sys.modules["dbt"] = None
-import dagster_dbt  # noqa: E402, F401
-
+importlib.import_module("dagster_dbt")
 del sys.modules["dbt"]

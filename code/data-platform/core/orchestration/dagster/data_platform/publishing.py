@@ -84,13 +84,17 @@ def publish(warehouse: Warehouse, directory: Path, kept: int) -> Snapshot:
     for left in directory.glob(f"*{UNFINISHED}"):
         left.unlink()
     name = f"warehouse-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}.duckdb"
+    unfinished = directory / f"{name}{UNFINISHED}"
     with warehouse.connect() as connection:
         connection.execute("checkpoint")
         at, state = datetime.now(UTC).isoformat(timespec="seconds"), state_of(source)
-        copy(source, directory / f"{name}{UNFINISHED}")
-    size = (directory / f"{name}{UNFINISHED}").stat().st_size
-    snapshot = Snapshot(name, state, at, size)
-    (directory / f"{name}{UNFINISHED}").rename(directory / name)
+        try:
+            copy(source, unfinished)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)  # half a copy must not keep a full disk full
+            raise
+    snapshot = Snapshot(name, state, at, unfinished.stat().st_size)
+    unfinished.rename(directory / name)
     link = directory / f"{LINK}{UNFINISHED}"
     link.symlink_to(name)
     link.replace(directory / LINK)
