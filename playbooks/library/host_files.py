@@ -39,6 +39,10 @@ options:
           - Command that accepts the content, with C(%s) for a file that holds it; not run in check mode.
           - What it says of content that it accepts is returned as C(said), a list of lines.
         type: str
+      exclusive:
+        description: Whether files in this directory that are not in the list are removed.
+        type: bool
+        default: false
       mode:
         description: Mode; C(0644) for a file and C(0755) for a directory if it is left out.
         type: raw
@@ -56,6 +60,7 @@ OPTIONS = {
     "content": {"type": "str"},
     "force": {"type": "bool", "default": True},
     "validate": {"type": "str"},
+    "exclusive": {"type": "bool", "default": False},
     "mode": {"type": "raw"},
     "owner": {"type": "str", "default": "0"},
     "group": {"type": "str"},
@@ -119,6 +124,26 @@ def lay_down(module: AnsibleModule, file: dict[str, Any], said: list[str]) -> li
     return [{"before_header": str(path), "after_header": str(path), **difference} for difference in differences]
 
 
+def clear(module: AnsibleModule, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Remove what is in exclusive directories and not in the list, or only look in check mode; give what differs."""
+    listed = {Path(file["path"]) for file in files}
+    directories = [Path(file["path"]) for file in files if file["exclusive"]]
+    old = sorted(path for directory in directories if directory.is_dir() for path in directory.iterdir())
+    old = [path for path in old if path.is_file() and path not in listed]
+    if not module.check_mode:
+        for path in old:
+            path.unlink()
+    return [
+        {
+            "before_header": str(path),
+            "before": {"state": "file"},
+            "after_header": str(path),
+            "after": {"state": "absent"},
+        }
+        for path in old
+    ]
+
+
 def main() -> None:
     """Entry point for Ansible."""
     options = {"files": {"type": "list", "elements": "dict", "required": True, "options": OPTIONS}}
@@ -126,6 +151,7 @@ def main() -> None:
     os.umask(0o077)
     said: list[str] = []
     differences = [difference for file in module.params["files"] for difference in lay_down(module, file, said)]
+    differences += clear(module, module.params["files"])
     module.exit_json(changed=bool(differences), diff=differences, said=said)
 
 
