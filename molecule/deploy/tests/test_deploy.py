@@ -155,6 +155,15 @@ def patient(platform: Platform, seconds: float) -> str:
     return platform.launch("patient", location="workload", config={"wait": {"seconds": seconds}})
 
 
+def ticked(platform: Platform, since: float) -> list[int]:
+    """Give the minutes, counted from the first, that the schedule launched a run for."""
+    minutes = platform.postgres(
+        "select extract(epoch from value::timestamptz)::int / 60 from run_tags "
+        f"where key = '.dagster/scheduled_execution_time' and value::timestamptz > to_timestamp({since}) order by 1"
+    )
+    return [int(minute) - int(minutes[0]) for minute in minutes]
+
+
 def running(host: Any, location: str = "workload") -> str:
     """Give the version of a location's code that is served."""
     unit = "dagster-code" if location == "core" else f"dagster-code-{location}"
@@ -171,7 +180,7 @@ def test_first_installation_has_nothing_to_go_back_to(host: Any, play: Callable[
 def test_code_is_shipped_and_taken_back_while_all_goes_on(
     host: Any, platform: Platform, play: Callable[..., int], poller: Poller, tree: Tree, ids: Callable[[], Any]
 ) -> None:
-    before = ids()
+    before, since = ids(), time.time()
     long = patient(platform, 60)
     queue = [patient(platform, 3) for _ in range(10)]
     shipped = {"2": tree.ship("2")}
@@ -198,17 +207,10 @@ def test_code_is_shipped_and_taken_back_while_all_goes_on(
     assert min(asked.values()) > 100, asked
     assert ids() == before
     assert host.check_output("systemctl is-active dagster-code-workload") == "active"
-
-
-def test_no_tick_of_a_schedule_was_lost_or_came_twice(platform: Platform) -> None:
-    ticked = platform.postgres(
-        "select extract(epoch from value::timestamptz)::int / 60 from run_tags "
-        "where key = '.dagster/scheduled_execution_time' order by 1"
-    )
-    assert len(ticked) > 2
-    assert [int(minute) - int(ticked[0]) for minute in ticked] == list(range(len(ticked)))
-    failed = platform.postgres("select status, tick_body from job_ticks where type = 'SCHEDULE' and status = 'FAILURE'")
-    assert failed == []
+    seconds, minutes = time.time() - since, ticked(platform, since)
+    assert minutes == list(range(len(minutes)))
+    assert len(minutes) >= (seconds - 10) // 60 > 0
+    assert platform.postgres("select tick_body from job_ticks where type = 'SCHEDULE' and status = 'FAILURE'") == []
 
 
 def test_what_was_replaced_ends_once_it_is_asked_no_more(host: Any, platform: Platform) -> None:
