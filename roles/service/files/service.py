@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import configparser
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from pathlib import Path
 
 UNITS = Path("/etc/systemd/system")
 RUNTIME = Path("/run")
+UPGRADE = Path("/var/lib/data-platform/upgrade/unfinished")
+"""Journal of an upgrade that is not finished; /run/data-platform-upgrade names the units that it lets start."""
 JOURNAL = Path("/etc/systemd/journald.conf.d/data-platform.conf")
 SLICE = "dagster.slice"
 LABEL = "data-platform.made-of"
@@ -116,6 +119,7 @@ def prepare(unit: Unit) -> None:
     """
     state = show(unit.name, "NRestarts", "NeedDaemonReload")
     back_off(unit, again=state["NRestarts"] != "0")
+    refuse_while_upgrading(unit)
     ids = image_ids([unit])
     if unit.image not in ids:
         run("docker", "version")
@@ -134,6 +138,21 @@ def prepare(unit: Unit) -> None:
     made_of = "outdated-unit" if state["NeedDaemonReload"] == "yes" else unit.made_of(ids[unit.image])
     (RUNTIME / unit.name / "labels").write_text(f"{LABEL}={made_of}\n")
     reloaded(unit)
+
+
+def refuse_while_upgrading(unit: Unit) -> None:
+    """Let no unit start on data that are between two versions, but those that the upgrade itself starts.
+
+    Raises:
+        Failure: An upgrade is not finished.
+    """
+    may_start = RUNTIME / "data-platform-upgrade"
+    if UPGRADE.exists() and unit.name not in (may_start.read_text().split() if may_start.exists() else []):
+        since = json.loads(UPGRADE.read_text())["since"]
+        raise Failure(
+            f"An upgrade that began at {since} is not finished, so {unit.name} does not start: "
+            "run playbooks/upgrade.yml again."
+        )
 
 
 def show(unit: str, *properties: str) -> dict[str, str]:
