@@ -121,7 +121,14 @@ def inventory() -> dict[str, Any]:
     return {
         "all": {
             "hosts": HOSTS,
-            "vars": {**load(ROOT / "roles/images/defaults/main.yml"), **variables, **FACTS, **wiring(), **connection, **lock},
+            "vars": {
+                **load(ROOT / "roles/images/defaults/main.yml"),
+                **variables,
+                **FACTS,
+                **wiring(),
+                **connection,
+                **lock,
+            },
         }
     }
 

@@ -1,10 +1,11 @@
-"""The program that upgrades, on a host that is made of files, dictionaries and nothing else; Molecule has a real one."""
+"""The program that upgrades, on a host that is made of files and dictionaries; Molecule has a real one."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,16 +53,17 @@ class Host:
         self.databases, self.active, self.in_progress = dict(OLD), set(NAMES), [0]
         self.locations: list[dict[str, Any]] = [LOADED]
         self.calls: list[str] = []
+        self.helper = ""
         self.fails: dict[str, str] = {}
         self.kill_at, self.count = 0, 0
         self.describe(1)
-        real = program.run, program.State.write, program.Path.rename, program.remove
+        real = program.State.write, program.Path.rename, program.remove
         for name in ("units", "config", "programs", "data", "runtime"):
             monkeypatch.setattr(program, name.upper(), getattr(self, name))
-        monkeypatch.setattr(program, "run", lambda *words, **options: self.run(real[0], *words, **options))
-        monkeypatch.setattr(program.State, "write", lambda *args, **values: self.dies() or real[1](*args, **values))
-        monkeypatch.setattr(program.Path, "rename", lambda *args: self.dies() or real[2](*args))
-        monkeypatch.setattr(program, "remove", lambda *args: self.dies() or real[3](*args))
+        monkeypatch.setattr(program, "run", self.run)
+        monkeypatch.setattr(program.State, "write", lambda *args, **values: self.dies() or real[0](*args, **values))
+        monkeypatch.setattr(program.Path, "rename", lambda *args: self.dies() or real[1](*args))
+        monkeypatch.setattr(program, "remove", lambda *args: self.dies() or real[2](*args))
         monkeypatch.setattr(program.time, "sleep", lambda seconds: None)
         self.state = program.State()
 
@@ -73,9 +75,12 @@ class Host:
             (self.units / f"{name}.service").write_text(text)
         (self.config / "dagster.yaml").write_text(f"version: {version}")
         (self.programs / "container-unit").write_text(f"version {version}")
-        if version == 2:
-            (self.config / "new.yaml").touch()
-            (self.units / "dagster-code-new.service").write_text(UNIT.format(name="x", image="new:2", command=SERVE))
+        added = {
+            self.config / "new.yaml": "",
+            self.units / "dagster-code-new.service": UNIT.format(name="x", image="new:2", command=""),
+        }
+        for file, text in added.items():
+            file.write_text(text) if version == 2 else file.unlink(missing_ok=True)
 
     def dies(self) -> None:
         """Count one thing that is done, and be killed if its time has come."""
@@ -83,16 +88,24 @@ class Host:
         if self.count == self.kill_at:
             raise Killed
 
-    def run(self, real: Callable[..., Any], *words: str, check: bool = True, **options: Any) -> Any:
+    def run(self, *words: str, check: bool = True, **options: Any) -> Any:
         """Do what a command would."""
-        self.dies()
         line = " ".join(words)
+        if line.startswith("docker run"):
+            assert not self.helper
+            self.helper = line  # it outlives a program that is killed
+        self.dies()
         if words[0] == "cp":
-            return real(*words, check=check, **options)
+            *sources, target = [Path(word) for word in words[1:] if not word.startswith("--")]
+            for source in sources:
+                copy = target / source.name if target.is_dir() else target
+                (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
+            return subprocess.CompletedProcess(words, 0, "", "")
         self.calls.append(line)
         code, out = next(((1, text) for start, text in self.fails.items() if start in line), (0, ""))
         if not code:
             code, out = self.does(words, line, **options)
+            self.helper = "" if line.startswith("docker run") else self.helper
         if "stdout" in options and not code:
             options["stdout"].write(out.encode())
         if check and code:
@@ -116,6 +129,8 @@ class Host:
         elif words[:2] == ("docker", "exec"):
             name = words[3] if words[2] == "--interactive" else words[2]
             return self.inside(words, stdin) if name in self.active else (1, f"{name} is not running")
+        elif line == "docker rm --force --volumes data-platform-upgrade":
+            self.helper = ""
         elif line.endswith("instance migrate"):
             self.databases["dagster"] = "migrated " + self.databases["dagster"]
         elif "job execute" in line:
@@ -126,6 +141,7 @@ class Host:
 
     def inside(self, words: tuple[str, ...], stdin: Any) -> tuple[int, str]:
         """Give status and output of a command in a container that runs."""
+        assert not (self.helper and {"psql", "pg_dump", "pg_restore"} & set(words))
         if "pg_dump" in words:
             return 0, self.databases["dagster"]
         if "pg_restore" in words and "--list" not in words:
@@ -253,7 +269,6 @@ def test_location_that_was_broken_before_is_no_failure_and_another_is(
 
 
 def test_runs_are_waited_for_and_too_long_ones_change_nothing(host: Host, capsys: pytest.CaptureFixture) -> None:
-    before = host.files()
     host.in_progress = [2, 1, 0]
     assert host.play() == 0
     host.describe(1)
@@ -372,3 +387,53 @@ def test_revert_killed_anywhere_is_finished_by_the_next(
             assert host.play() == 0
             assert host.databases == {"dagster": "migrated runs of old, smoke"}
             assert (host.config / "new.yaml").exists()
+
+
+def test_runs_that_are_processes_of_services_are_counted_in_the_database(host: Host) -> None:
+    (host.config / "runs" / "runs.json").unlink()
+    host.locations = 3
+    assert host.program.in_progress() == 3
+    host.active.clear()
+    assert host.program.in_progress() == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (
+            "Traceback\na.b.ProgrammingError: (psycopg2.X) denied\n(Background on this)",
+            "a.b.ProgrammingError: (psycopg2.X) denied",
+        ),
+        ("first\nlast\n\n", "last"),
+        ("", "it says nothing"),
+    ],
+)
+def test_reason_is_the_line_that_names_an_exception(output: str, reason: str, host: Host) -> None:
+    assert host.program.reason(output) == reason
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The program of the units, on a host where an upgrade is not finished."""
+    program = module_at(ROOT / "roles/service/files/service.py")
+    monkeypatch.setattr(program, "UPGRADE", tmp_path / "unfinished")
+    monkeypatch.setattr(program, "RUNTIME", tmp_path)
+    (tmp_path / "unfinished").write_text('{"since": "2026-01-31 12:00:00 +0000", "step": "migrating"}')
+    return program
+
+
+def test_no_unit_starts_while_an_upgrade_is_not_finished(service: ModuleType, tmp_path: Path) -> None:
+    unit = SimpleNamespace(name="dagster-webserver")
+    with pytest.raises(service.Failure) as refused:
+        service.refuse_while_upgrading(unit)
+    assert str(refused.value) == (
+        "An upgrade that began at 2026-01-31 12:00:00 +0000 is not finished, so dagster-webserver does not start: "
+        "run playbooks/upgrade.yml again."
+    )
+    (tmp_path / "data-platform-upgrade").write_text("dagster-postgres\ndagster-webserver")
+    service.refuse_while_upgrading(unit)
+    (tmp_path / "data-platform-upgrade").write_text("dagster-postgres\ndagster-webserver-2")
+    with pytest.raises(service.Failure):
+        service.refuse_while_upgrading(unit)
+    (tmp_path / "unfinished").unlink()
+    service.refuse_while_upgrading(unit)

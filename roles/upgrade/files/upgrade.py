@@ -209,8 +209,9 @@ def start(*names: str) -> None:
 
 
 def stop(*names: str) -> None:
-    """Stop units, and let none start again by itself."""
+    """Stop units, and let none start again by itself; what runs once may have outlived the program that was killed."""
     allowed().unlink(missing_ok=True)
+    run("docker", "rm", "--force", "--volumes", HELPER, check=False)
     if names:
         run("systemctl", "stop", *names)
 
