@@ -130,11 +130,12 @@ def snapshots(warehouse: Path, published: Path, kept: int) -> dict[str, int]:
 def versions(units: Path = UNITS, data: Path = DATA) -> dict[str, str]:
     """Give the versions that the data belong to, by package, as the webserver's unit names them.
 
-    In an upgrade that is not finished the unit may be the new one already; then the one that was kept counts. There are
-    none if there is no unit, or it is older than this line of it.
+    In an upgrade that is not finished the unit may be the new one; then the one that was kept counts. Of a platform
+    that was taken off, its last unit is beside the data. There are none if the unit is older than the line.
     """
     kept = journal(data).get("step") not in (None, "draining", "saving")
     unit = (data / "upgrade" / "from" if kept else Path("/")) / str(units).lstrip("/") / "dagster-webserver.service"
+    unit = unit if unit.is_file() else data / "dagster" / "last-unit"
     found = re.search(r"^Versions=(.+)$", unit.read_text() if unit.is_file() else "", re.MULTILINE)
     return dict(word.split("=", 1) for word in found[1].split()) if found else {}
 
