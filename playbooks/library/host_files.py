@@ -35,8 +35,14 @@ options:
         type: bool
         default: true
       validate:
-        description: Command that accepts the content, with C(%s) for a file that holds it; not run in check mode.
+        description:
+          - Command that accepts the content, with C(%s) for a file that holds it; not run in check mode.
+          - What it says of content that it accepts is returned as C(said), a list of lines.
         type: str
+      exclusive:
+        description: Whether files in this directory that are not in the list are removed.
+        type: bool
+        default: false
       mode:
         description: Mode; C(0644) for a file and C(0755) for a directory if it is left out.
         type: raw
@@ -54,30 +60,38 @@ OPTIONS = {
     "content": {"type": "str"},
     "force": {"type": "bool", "default": True},
     "validate": {"type": "str"},
+    "exclusive": {"type": "bool", "default": False},
     "mode": {"type": "raw"},
     "owner": {"type": "str", "default": "0"},
     "group": {"type": "str"},
 }
 
 
-def write(module: AnsibleModule, path: Path, content: str, validate: str | None) -> None:
-    """Replace a file by one with this content, or end the module with what the command ``validate`` says against it."""
+def write(module: AnsibleModule, path: Path, content: str, validate: str | None) -> list[str]:
+    """Replace a file by one with this content, or end the module with what the command ``validate`` says against it.
+
+    Returns:
+        What the command says of content that it accepts, line by line.
+    """
+    said = ""
     handle, name = tempfile.mkstemp(dir=module.tmpdir)
     with open(handle, "w", encoding="utf-8") as file:
         file.write(content)
     if validate:
-        code, out, err = module.run_command(validate.replace("%s", name))
+        code, said, err = module.run_command(validate.replace("%s", name))
         if code:
-            module.fail_json(msg=f"The new content of {path} is refused: {(err or out).strip()}")
+            module.fail_json(msg=f"The new content of {path} is refused: {(err or said).strip()}")
     module.atomic_move(name, str(path))
+    return said.splitlines()
 
 
-def lay_down(module: AnsibleModule, file: dict[str, Any]) -> list[dict[str, Any]]:
+def lay_down(module: AnsibleModule, file: dict[str, Any], said: list[str]) -> list[dict[str, Any]]:
     """Make a file or directory what it is to be, or only look in check mode.
 
     Args:
         module: This module.
         file: One of its C(files).
+        said: Lines that were said of content which was accepted; more are added.
 
     Returns:
         What is different, as Ansible shows it; empty if nothing is.
@@ -95,7 +109,7 @@ def lay_down(module: AnsibleModule, file: dict[str, Any]) -> list[dict[str, Any]
         if before != content or not there:
             differences.append({"before": before, "after": content})
             if not module.check_mode:
-                write(module, path, content, file["validate"])
+                said += write(module, path, content, file["validate"])
     if there or not module.check_mode:
         attributes: dict[str, Any] = {}
         wanted = {
@@ -110,13 +124,35 @@ def lay_down(module: AnsibleModule, file: dict[str, Any]) -> list[dict[str, Any]
     return [{"before_header": str(path), "after_header": str(path), **difference} for difference in differences]
 
 
+def clear(module: AnsibleModule, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Remove what is in exclusive directories and not in the list, or only look in check mode; give what differs."""
+    listed = {Path(file["path"]) for file in files}
+    directories = [Path(file["path"]) for file in files if file["exclusive"]]
+    old = sorted(path for directory in directories if directory.is_dir() for path in directory.iterdir())
+    old = [path for path in old if path.is_file() and path not in listed]
+    if not module.check_mode:
+        for path in old:
+            path.unlink()
+    return [
+        {
+            "before_header": str(path),
+            "before": {"state": "file"},
+            "after_header": str(path),
+            "after": {"state": "absent"},
+        }
+        for path in old
+    ]
+
+
 def main() -> None:
     """Entry point for Ansible."""
     options = {"files": {"type": "list", "elements": "dict", "required": True, "options": OPTIONS}}
     module = AnsibleModule(options, supports_check_mode=True)
     os.umask(0o077)
-    differences = [difference for file in module.params["files"] for difference in lay_down(module, file)]
-    module.exit_json(changed=bool(differences), diff=differences)
+    said: list[str] = []
+    differences = [difference for file in module.params["files"] for difference in lay_down(module, file, said)]
+    differences += clear(module, module.params["files"])
+    module.exit_json(changed=bool(differences), diff=differences, said=said)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -28,10 +29,13 @@ sys.exit(code)
 UNIT = """[Unit]
 Description=Something
 [Service]
-ExecStart=/usr/bin/docker run \\
-    --env "NAME=a: b = c" \\
+ExecStart={tools}/docker run \\
+    --env "NAME=a: b = c $$HOME 5%%" \\
     --name {name} \\
-    some/image:1
+    --label-file /run/{name}/labels \\
+    --publish 127.0.0.1:1:1 \\
+    some/image:1 "serve"
+ExecStop={tools}/docker stop --time 30 {name}
 [X-Container]
 Image=some/image:1
 Network=net
@@ -39,6 +43,10 @@ Config={config}
 Reload={reload}
 User={user}
 Data={data}
+Ready=ask "--me" "this"
+{more}"""
+SEAMLESS = """Drain="drain"
+Rehearsal="rehearse" "--it"
 """
 BRIDGE = "com.docker.network.bridge.name"
 IMAGES = '["some/image:1"] sha256:aaa\n'
@@ -76,11 +84,13 @@ class Machine:
         self.containers({name: ("true", self.made_of(name)) for name in NAMES})
         self.reloaded.write_text(self.program.digest("", self.workspace))
 
-    def add(self, name: str, reload: Path | str = "") -> Path:
+    def add(self, name: str, reload: Path | str = "", more: str = "") -> Path:
         """Put a unit on the host."""
         file = self.units / f"{name}.service"
         data = f"{self.state}/own {self.state}/disk {self.state}/shared"
-        file.write_text(UNIT.format(name=name, config=self.config, reload=reload, user=USER, data=data))
+        file.write_text(
+            UNIT.format(tools=self.tools, name=name, config=self.config, reload=reload, user=USER, data=data, more=more)
+        )
         return file
 
     @property
@@ -345,7 +355,7 @@ def test_ready_asks_again_until_the_answer_is_yes(machine: Machine, monkeypatch:
         machine.answer("docker exec", code=int(len(pauses) < 3))
 
     monkeypatch.setattr(machine.program.time, "sleep", pause)
-    assert machine.program.main(["ready", "dagster-a", "ask", "--me", "this"]) == 0
+    assert machine.program.main(["ready", "dagster-a"]) == 0
     assert machine.calls("docker exec") == ["docker exec dagster-a ask --me this"] * 4
     assert 0 < min(pauses) == max(pauses) <= 1
 
@@ -361,7 +371,7 @@ def test_ready_asks_a_slow_host_less_often(machine: Machine, monkeypatch: pytest
 
     monkeypatch.setattr(machine.program.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(machine.program.time, "sleep", pause)
-    assert machine.program.main(["ready", "dagster-a", "ask"]) == 0
+    assert machine.program.main(["ready", "dagster-a"]) == 0
     assert pauses == [5, 5]
 
 
@@ -373,7 +383,7 @@ def test_ready_gives_up_when_the_main_process_is_gone(
     monkeypatch.setenv("MAINPID", str(process.pid))
     machine.answer("docker exec", code=1)
     monkeypatch.setattr(machine.program.time, "sleep", lambda seconds: pytest.fail("it waits for a dead process"))
-    assert machine.program.main(["ready", "dagster-a", "ask"]) == 1
+    assert machine.program.main(["ready", "dagster-a"]) == 1
     assert "dagster-a ended before it was ready: see 'journalctl -u dagster-a'." in capsys.readouterr().err
 
 
@@ -627,3 +637,187 @@ def test_check_only_says_what_it_would_take_off(machine: Machine, capsys: pytest
     assert capsys.readouterr().out.splitlines() == [f"removed {name}" for name in NAMES]
     assert machine.changes() == []
     assert len(list(machine.units.iterdir())) == 4
+
+
+@pytest.fixture
+def seamless(machine: Machine) -> Machine:
+    """A host whose first unit's container can be replaced while it serves."""
+    machine.add("dagster-a", more=SEAMLESS)
+    machine.answer("docker container inspect --format {{.Id}} dagster-a", "0123456789abcdef\n")
+    machine.answer("docker container inspect --format {{.State.Running}} dagster-a", "true\n")
+    machine.containers({name: ("true", "old" if name == "dagster-a" else machine.made_of(name)) for name in NAMES})
+    return machine
+
+
+def test_converge_replaces_what_can_be_replaced_while_it_serves(
+    seamless: Machine, capsys: pytest.CaptureFixture
+) -> None:
+    assert seamless.converge() == 0
+    assert seamless.changes() == ["systemctl daemon-reload", "systemctl reload dagster-a"]
+    assert capsys.readouterr().out == "replaced dagster-a\n"
+
+
+def test_converge_restarts_it_with_the_others_if_more_differs_than_that(seamless: Machine) -> None:
+    (seamless.config / "dagster.yaml").write_text("telemetry: yes")
+    assert seamless.converge() == 0
+    assert seamless.calls("systemctl re") == ["systemctl restart dagster-a dagster-b dagster-c"]
+
+
+@pytest.mark.parametrize("state", ["stopped", "missing", "inactive"])
+def test_converge_starts_what_does_not_serve(state: str, seamless: Machine) -> None:
+    states = {name: ("true", seamless.made_of(name)) for name in NAMES[1:]}
+    if state == "inactive":
+        seamless.answer("systemctl is-active", "inactive\nactive\nactive\n", code=3)
+        states["dagster-a"] = ("true", "old")
+    elif state == "stopped":
+        states["dagster-a"] = ("false", "old")
+    seamless.containers(states)
+    assert seamless.converge() == 0
+    assert seamless.calls("systemctl re") == ["systemctl restart dagster-a"]
+
+
+def test_converge_says_that_the_old_container_serves_on_when_it_cannot_be_replaced(
+    seamless: Machine, capsys: pytest.CaptureFixture
+) -> None:
+    seamless.answer("systemctl reload", code=1)
+    seamless.answer("journalctl", "ModuleNotFoundError\n")
+    assert seamless.converge() == 1
+    said = capsys.readouterr().err
+    assert "dagster-a could not be replaced, and the containers before still serve" in said
+    assert "ModuleNotFoundError" in said
+
+
+def test_converge_touches_no_other_unit_when_asked_for_one_alone(
+    machine: Machine, capsys: pytest.CaptureFixture
+) -> None:
+    (machine.config / "dagster.yaml").write_text("telemetry: yes")
+    machine.program.JOURNAL.write_text("[Journal]\n")
+    machine.answer("systemctl show --property=NeedDaemonReload dagster.slice", "NeedDaemonReload=yes\n")
+    machine.answer("systemctl is-active", "active\n")
+    machine.answer("systemctl is-enabled", "enabled\n")
+    assert machine.program.main(["converge", "--only", "dagster-b"]) == 0
+    assert machine.changes() == ["systemctl daemon-reload", "systemctl restart dagster-b"]
+    assert capsys.readouterr().out == "restarted dagster-b\n"
+
+
+class Systemd:
+    """What systemd is told of the main process."""
+
+    def __init__(self, path: Path) -> None:
+        """Listen at ``path``."""
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.socket.setblocking(False)
+
+    def told(self) -> list[str]:
+        """Give what it was told."""
+        messages = []
+        while True:
+            try:
+                messages.append(self.socket.recv(100).decode())
+            except BlockingIOError:
+                return messages
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Systemd:
+    """A systemd that listens."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    return Systemd(tmp_path / "notify")
+
+
+def test_a_new_container_takes_over_once_it_is_ready(
+    seamless: Machine, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawned = []
+    monkeypatch.setattr(seamless.program, "spawn", lambda command: spawned.append(command) or os.getpid())
+    assert seamless.program.main(["replace", "dagster-a"]) == 0
+    start, retire = spawned
+    assert start[1:] == [
+        *("run", "--env", "NAME=a: b = c $HOME 5%", "--name", "dagster-a.new"),
+        *("--label-file", "/run/dagster-a/labels", "--publish", "127.0.0.1:1:1", "some/image:1", "serve"),
+    ]
+    assert seamless.calls("docker exec") == ["docker exec dagster-a.new ask --me this"]
+    assert systemd.told() == [f"MAINPID={os.getpid()}"]
+    assert seamless.calls("docker rename") == [
+        "docker rename dagster-a dagster-a.0123456789ab",
+        "docker rename dagster-a.new dagster-a",
+    ]
+    assert retire[2:] == ["retire", "dagster-a", "dagster-a.0123456789ab"]
+    assert (seamless.runtime / "dagster-a" / "labels").read_text() == f"data-platform.made-of={seamless.made_of()}\n"
+
+
+def test_the_old_container_stays_when_the_new_one_ends(
+    seamless: Machine, systemd: Systemd, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    monkeypatch.setattr(seamless.program, "spawn", lambda command: process.pid)
+    seamless.answer("docker exec", code=1)
+    assert seamless.program.main(["replace", "dagster-a"]) == 1
+    assert "dagster-a ended before it was ready" in capsys.readouterr().err
+    assert systemd.told() == seamless.calls("docker rename") == []
+    assert seamless.changes()[-1] == "docker rm --force --volumes dagster-a.new"
+
+
+def test_nothing_is_replaced_where_nothing_serves(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    machine.answer("docker container inspect", code=1)
+    assert machine.program.main(["replace", "dagster-a"]) == 1
+    assert "no container that could be replaced: run 'systemctl restart dagster-a'." in capsys.readouterr().err
+
+
+def test_a_process_that_is_spawned_is_nobody_s_child(machine: Machine, tmp_path: Path) -> None:
+    process = machine.program.spawn(
+        ["/bin/sh", "-c", f"ps -o ppid= -p $$ > {tmp_path}/parent; mv {tmp_path}/parent {tmp_path}/done"]
+    )
+    assert process != os.getpid()
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "done").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert int((tmp_path / "done").read_text()) != os.getpid()
+
+
+def test_a_container_that_was_replaced_ends_once_nobody_asks_it(seamless: Machine) -> None:
+    assert seamless.program.main(["retire", "dagster-a", "dagster-a.0123456789ab"]) == 0
+    assert seamless.calls("docker") == [
+        "docker exec dagster-a.0123456789ab drain",
+        "docker stop --time 30 dagster-a.0123456789ab",
+        "docker rm --force --volumes dagster-a.0123456789ab",
+    ]
+
+
+def test_a_start_removes_what_a_replacement_left(seamless: Machine) -> None:
+    seamless.answer("docker container ls", "dagster-a.new\ndagster-ab\ndagster-a.0123456789ab\ndagster-b\n")
+    for command in ("prepare", "clear"):
+        assert seamless.program.main([command, "dagster-a"]) == 0
+    assert (
+        seamless.calls("docker rm")
+        == ["docker rm --force --volumes dagster-a dagster-a.new dagster-a.0123456789ab"] * 2
+    )
+
+
+def test_rehearsal_is_run_in_a_container_like_the_unit_s(
+    seamless: Machine, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    candidate = tmp_path / "candidate"
+    candidate.write_text((seamless.units / "dagster-a.service").read_text().replace("some/image:1", "some/image:2"))
+    seamless.answer("docker run", "look at this\n")
+    assert seamless.program.main(["rehearse", str(candidate)]) == 0
+    assert seamless.calls("docker run") == [
+        "docker run --rm --name dagster-a.rehearsal --env NAME=a: b = c $HOME 5% some/image:2 rehearse --it"
+    ]
+    assert capsys.readouterr().out == "look at this\n"
+
+
+def test_rehearsal_that_fails_says_why(seamless: Machine, capsys: pytest.CaptureFixture) -> None:
+    seamless.answer("docker run", code=1, err="Traceback\nNameError: x\n")
+    assert seamless.program.main(["rehearse", str(seamless.units / "dagster-a.service")]) == 1
+    assert capsys.readouterr().err == "Traceback\nNameError: x\n"
+
+
+@pytest.mark.parametrize("unit", ["dagster-a", "dagster-b"])
+def test_nothing_is_rehearsed_for_a_unit_that_does_not_run_or_names_no_rehearsal(unit: str, seamless: Machine) -> None:
+    seamless.answer("docker container inspect --format {{.State.Running}} dagster-a", code=1)
+    assert seamless.program.main(["rehearse", str(seamless.units / f"{unit}.service")]) == 0
+    assert seamless.calls("docker run") == []

@@ -11,6 +11,7 @@ from conftest import ROLES, ROOT, Task, all_tasks, role_files, strings
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")
 READING = [
+    "/usr/local/lib/data-platform/deployment status",
     "{{ docker_busy_command }}",
     "awk",
     "command -v",
@@ -44,6 +45,11 @@ READING = [
     "unshare --user --map-root-user --map-auto echo",
     "uv pip compile",
 ]
+LOCK = [
+    "/usr/local/lib/data-platform/deployment begin",
+    "/usr/local/lib/data-platform/deployment finish",
+]
+"""The play's own lock, taken and freed: nothing that a host is to be."""
 WRITING_OPTIONS = {
     "find": {"-delete", "-execdir", "-fls", "-fprint", "-fprint0", "-fprintf", "-ok", "-okdir"},
     "timeout 10 qemu-system-x86_64 -accel kvm -cpu host -nodefaults -display none -no-reboot -kernel": {
@@ -56,7 +62,8 @@ WRITING_OPTIONS = {
 }
 PROGRAM = "/usr/local/lib/data-platform/container-unit"
 LOOKS_ONLY_IN_CHECK_MODE = (
-    f"{PROGRAM} converge {{{{ '--check ' if ansible_check_mode else '' }}}}{{{{ service_units | join(' ') }}}}",
+    f"{PROGRAM} converge {{{{ '--check ' if ansible_check_mode else '' }}}}",
+    "{{ ['/usr/local/lib/data-platform/deployment', 'record'] + (['--check'] if ansible_check_mode else [])",
     f"{PROGRAM} remove{{{{ ' --check' if ansible_check_mode else '' }}}}",
     "/usr/local/lib/data-platform/retention.py{{ ' --check' if ansible_check_mode else '' }}",
 )
@@ -111,7 +118,7 @@ def simple_commands(line: str) -> list[str]:
 
 
 def only_reads(command: str) -> bool:
-    known = [start for start in READING if f"{command} ".startswith(f"{start} ")]
+    known = [start for start in (*READING, *LOCK) if f"{command} ".startswith(f"{start} ")]
     options = {word.partition("=")[0] for word in command.split()}
     return any(not WRITING_OPTIONS.get(start, set()) & options for start in known) and ">" not in command
 

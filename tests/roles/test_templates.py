@@ -65,7 +65,8 @@ HOSTS: dict[str, dict[str, Any]] = {
         },
     },
     "awkward": {
-        "dagster_code_servers": {"yes": "1", "a: b, {c} #d": "e"},
+        "dagster_code_servers": ["yes", "1", "a: b, {c} #d"],
+        "dagster_sockets": "/run",
         "dagster_code_locations": [
             {
                 "name": "core",
@@ -92,7 +93,11 @@ OVERRIDDEN = {
 UNITS = {host: {"dagster-code", "dagster-daemon", "dagster-postgres", "dagster-webserver"} for host in HOSTS}
 UNITS["overridden"] |= {"dagster-code-sales", "dagster-code-examples"}
 UNITS["external"] -= {"dagster-postgres"}
-LOOKED_INTO = {"/etc/data-platform/runs", *(f"/run/data-platform-engine/{name}" for name in ("daemon", "webserver"))}
+LOOKED_INTO = {
+    "/etc/data-platform/runs",
+    "/var/lib/data-platform/deployments",
+    *(f"/run/data-platform-engine/{name}" for name in ("daemon", "webserver")),
+}
 WRITTEN = AWKWARD.replace("{{'{{'}}", "{{")
 CHECK = """
 import json, pathlib, sys
@@ -260,9 +265,8 @@ def test_code_locations_reach_the_workspace(rendered: Path) -> None:
     entries = load(rendered / "overridden" / "workspace.yaml")["load_from"]
     servers = [entry["grpc_server"] for entry in entries if "grpc_server" in entry]
     assert servers == [
-        {"location_name": "core", "host": "dagster-code", "port": 4000},
-        {"location_name": "sales", "host": "dagster-code-sales", "port": 4000},
-        {"location_name": "examples", "host": "dagster-code-examples", "port": 4000},
+        {"location_name": name, "socket": f"/run/data-platform-code/{name}/current.sock"}
+        for name in ("core", "sales", "examples")
     ]
     assert {"python_module": "somewhere.definitions"} in entries
 
@@ -270,7 +274,7 @@ def test_code_locations_reach_the_workspace(rendered: Path) -> None:
 def test_awkward_names_of_code_locations_survive(rendered: Path) -> None:
     servers = [entry["grpc_server"] for entry in load(rendered / "awkward" / "workspace.yaml")["load_from"]]
     asked = HOSTS["awkward"]["dagster_code_servers"]
-    assert servers == [{"location_name": name, "host": host, "port": 4000} for name, host in asked.items()]
+    assert servers == [{"location_name": name, "socket": f"/run/{name}/current.sock"} for name in asked]
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -324,12 +328,22 @@ def test_variables_reach_the_units(rendered: Path) -> None:
 def test_description_of_a_location_reaches_its_unit(rendered: Path) -> None:
     unit = rendered / "overridden" / "dagster-code-sales.service"
     command = words(unit, "ExecStart")
+    target = (
+        "--location-name=sales",
+        "--working-directory=/opt/data-platform/code/src",
+        "--module-name=sales.definitions",
+    )
     assert command[command.index("data-platform/code-sales:0123456789ab") + 1 :] == [
         *("python", "-m", "data_platform_runtime.with_database"),
         *("python", "-m", "data_platform_runtime.with_secrets", "/etc/data-platform/secrets/code/sales.json"),
-        *("dagster", "api", "grpc", "--host=0.0.0.0", "--port=4000", "--location-name=sales"),
-        *("--working-directory=/opt/data-platform/code/src", "--module-name=sales.definitions"),
+        *("sh", "-c", 'exec dagster api grpc --socket="$DATA_PLATFORM_SOCKETS/$HOSTNAME.sock" "$@"', "sh", *target),
     ]
+    assert words(unit, "Rehearsal") == [
+        *("python", "-m", "data_platform_runtime.with_database"),
+        *("python", "-m", "data_platform_runtime.with_secrets", "/etc/data-platform/secrets/code/sales.json"),
+        *("python", "-m", "data_platform_runtime.rehearsal", *target),
+    ]
+    assert environment_of(unit)["DATA_PLATFORM_SOCKETS"] == "/run/data-platform-code/sales"
     limits = {option: values(unit, option) for option in ("--memory", "--memory-swap", "--cpus", "--pids-limit")}
     assert limits == {"--memory": ["2g"], "--memory-swap": ["2g"], "--cpus": ["1.5"], "--pids-limit": ["512"]}
     assert "type=volume,target=/opt/data-platform/code" in values(unit, "--mount")
@@ -403,7 +417,7 @@ def test_code_is_served_before_it_is_asked_for(rendered: Path, host: str) -> Non
 
 
 def test_webserver_and_daemon_are_told_to_read_their_workspace_again(rendered: Path) -> None:
-    reloads = {unit.stem for unit in rendered.glob("*/*.service") if "ExecReload=" in unit.read_text()}
+    reloads = {unit.stem for unit in rendered.glob("*/*.service") if "container-unit reloaded" in unit.read_text()}
     asks = {
         "dagster-webserver": ["data_platform_runtime.reload_workspace"],
         "dagster-daemon": ["data_platform_runtime.daemon", "reload"],
@@ -415,6 +429,17 @@ def test_webserver_and_daemon_are_told_to_read_their_workspace_again(rendered: P
             ["/usr/bin/docker", "exec", name, "python", "-m", *program],
             ["/usr/local/lib/data-platform/container-unit", "reloaded", name],
         ]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_code_servers_alone_are_replaced_while_they_serve(rendered: Path, host: str) -> None:
+    for unit in rendered.glob(f"{host}/*.service"):
+        replaced = unit.stem.startswith("dagster-code")
+        assert (
+            f"ExecReload=/usr/local/lib/data-platform/container-unit replace {unit.stem}" in unit.read_text()
+        ) == replaced
+        assert ("NotifyAccess=exec" in unit.read_text()) == replaced
+        assert ("\nDrain=" in unit.read_text()) == replaced
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -197,10 +197,9 @@ def test_wiring_sets_only_options_of_roles_and_what_it_makes_them_of() -> None:
 
 
 def test_wiring_gives_every_required_option_of_the_roles_in_the_playbooks() -> None:
-    site = [(entry["role"], "main") for play in load(ROOT / "playbooks" / "site.yml") for entry in play["roles"]]
     imports = [task.arguments for task in all_tasks() if task.module == "import_role"]
     assert imports
-    entries = site + [(imported["name"], imported.get("tasks_from", "main")) for imported in imports]
+    entries = [(imported["name"], imported.get("tasks_from", "main")) for imported in imports]
     asked = [entry_points(role).get(entry, {}) for role, entry in entries]
     required = {name for entry in asked for name, option in entry.items() if option.get("required")}
     assert required - set(wiring()) == set()
@@ -234,11 +233,14 @@ def test_inventory_sets_only_known_variables(file: Path) -> None:
 
 
 def test_scenario_ssh_overrides_all_that_a_user_may_set() -> None:
-    roles = [entry["role"] for play in load(ROOT / "playbooks" / "site.yml") for entry in play["roles"]]
+    site = ROOT / "playbooks" / "site.yml"
+    imports = [task for task in all_tasks() if task.module == "import_role"]
+    roles = {task.arguments["name"] for task in imports if task.file == site}
+    given = {name for task in imports for name in task.content.get("vars", {})}
     offered = {name: option for role in roles for name, option in entry_points(role).get("main", {}).items()}
     of_choice = {name for name, option in offered.items() if len(option.get("choices", [0, 1])) > 1}
     overridden = load(ROOT / "molecule/ssh/inventory/group_vars/data_platform/overridden.yml")
-    assert of_choice - set(wiring()) - set(overridden) == OF_ANOTHER_SOURCE
+    assert of_choice - set(wiring()) - given - set(overridden) == OF_ANOTHER_SOURCE
     assert [name for name in set(overridden) & set(offered) if overridden[name] == offered[name].get("default")] == []
 
 

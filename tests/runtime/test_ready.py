@@ -15,30 +15,39 @@ import pytest
 from conftest import Webserver, free_port
 from dagster._daemon.types import DaemonHeartbeat
 from dagster_postgres import PostgresRunStorage
-from data_platform_runtime import ready
+from data_platform_runtime import code_servers, ready
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 SERVER_PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/nonexistent"))
 NOBODY = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
-LOADED = {"name": "core", "loadStatus": "LOADED"}
-LOADING = {"name": "slow", "loadStatus": "LOADING"}
+LOADED = {"name": "core", "loadStatus": "LOADED", "displayMetadata": []}
+LOADING = LOADED | {"name": "slow", "loadStatus": "LOADING"}
 
 
 def test_webserver_is_ready_once_every_location_was_tried(webserver: Webserver) -> None:
     webserver.says("workspaceOrError", {"locationEntries": [LOADED, LOADED | {"name": "other"}]})
-    ready.webserver(webserver.server_port)
+    ready.webserver(port=webserver.server_port)
     assert webserver.asked == [("/graphql", ready.LOCATIONS)]
+
+
+def test_webserver_is_asked_for_the_images_that_it_shows(webserver: Webserver) -> None:
+    shown = [{"key": "image", "value": "core:1"}, {"key": "other", "value": "core:2"}]
+    other = {"name": "other", "loadStatus": "LOADED", "displayMetadata": []}
+    webserver.says("workspaceOrError", {"locationEntries": [LOADED | {"displayMetadata": shown}, other]})
+    ready.webserver("core=core:1", port=webserver.server_port)
+    with pytest.raises(ready.NotReady, match="not shown yet: core=core:2, other=core:1$"):
+        ready.webserver("core=core:1", "core=core:2", "other=core:1", port=webserver.server_port)
 
 
 def test_webserver_without_locations_is_ready(webserver: Webserver) -> None:
     webserver.says("workspaceOrError", {"locationEntries": []})
-    ready.webserver(webserver.server_port)
+    ready.webserver(port=webserver.server_port)
 
 
 def test_webserver_that_still_loads_is_not_ready(webserver: Webserver) -> None:
     webserver.says("workspaceOrError", {"locationEntries": [LOADED, LOADING]})
     with pytest.raises(ready.NotReady, match="still loading: slow$"):
-        ready.webserver(webserver.server_port)
+        ready.webserver(port=webserver.server_port)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +65,13 @@ def test_webserver_that_still_loads_is_not_ready(webserver: Webserver) -> None:
 def test_webserver_that_does_not_make_sense_is_not_ready(status: int, text: str, webserver: Webserver) -> None:
     webserver.status, webserver.text = status, text
     with pytest.raises(ready.NotReady):
-        ready.webserver(webserver.server_port)
+        ready.webserver(port=webserver.server_port)
 
 
 def test_webserver_that_is_not_there_is_not_ready() -> None:
     port = free_port()
     with pytest.raises(ready.NotReady, match=f"the webserver does not answer on port {port}: .*refused"):
-        ready.webserver(port)
+        ready.webserver(port=port)
 
 
 def test_question_is_one_that_dagsters_webserver_understands() -> None:
@@ -73,37 +82,33 @@ def test_question_is_one_that_dagsters_webserver_understands() -> None:
 
 
 @pytest.fixture
-def code_server() -> Iterator[tuple[int, health.HealthServicer]]:
-    """A gRPC server with the health protocol, and its port."""
+def code_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[health.HealthServicer]:
+    """A gRPC server with the health protocol, where the code server of this container listens."""
+    monkeypatch.setenv("DATA_PLATFORM_SOCKETS", str(tmp_path))
     server = grpc.server(ThreadPoolExecutor(1))
     servicer = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    server.add_insecure_port(f"unix:{code_servers.own_socket()}")
     server.start()
-    yield port, servicer
+    yield servicer
     server.stop(None)
 
 
-def test_code_server_is_ready_once_it_serves(code_server: tuple[int, health.HealthServicer]) -> None:
-    port, servicer = code_server
-    servicer.set("DagsterApi", health_pb2.HealthCheckResponse.NOT_SERVING)
+def test_code_server_is_ready_and_found_once_it_serves(code_server: health.HealthServicer) -> None:
+    link = code_servers.own_socket().with_name("current.sock")
+    code_server.set("DagsterApi", health_pb2.HealthCheckResponse.NOT_SERVING)
     with pytest.raises(ready.NotReady, match="does not serve yet"):
-        ready.code(port)
-    servicer.set("DagsterApi", health_pb2.HealthCheckResponse.SERVING)
-    ready.code(port)
+        ready.code()
+    assert not link.is_symlink()
+    code_server.set("DagsterApi", health_pb2.HealthCheckResponse.SERVING)
+    ready.code()
+    assert link.resolve() == code_servers.own_socket()
 
 
-def test_server_of_something_else_is_not_ready(code_server: tuple[int, health.HealthServicer]) -> None:
-    port, servicer = code_server
-    servicer.set("SomethingElse", health_pb2.HealthCheckResponse.SERVING)
-    with pytest.raises(ready.NotReady, match=f"the code server does not answer on port {port}"):
-        ready.code(port)
-
-
-def test_code_server_that_is_not_there_is_not_ready() -> None:
-    port = free_port()
-    with pytest.raises(ready.NotReady, match=f"the code server does not answer on port {port}"):
-        ready.code(port)
+def test_server_of_something_else_is_not_ready(code_server: health.HealthServicer) -> None:
+    code_server.set("SomethingElse", health_pb2.HealthCheckResponse.SERVING)
+    with pytest.raises(ready.NotReady, match=f"the code server does not answer on {code_servers.own_socket()}"):
+        ready.code()
 
 
 def run(program: str, *arguments: str) -> None:
@@ -190,12 +195,15 @@ def test_daemons_asked_for_are_those_of_every_instance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status"), [([], 2), (["no-such-service"], 2), (["webserver", "code"], 2), (["code"], 1)]
+    ("arguments", "status"), [([], 2), (["no-such-service"], 2), (["code", "webserver"], 2), (["code"], 1)]
 )
 def test_exit_status_and_one_sentence(
     arguments: list[str], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setitem(ready.SERVICES, "code", lambda: ready.code(free_port()))
+    def refuse() -> None:
+        raise ready.NotReady("the code server does not serve yet")
+
+    monkeypatch.setitem(ready.SERVICES, "code", refuse)
     assert ready.main(arguments) == status
     said = capsys.readouterr().err
     assert said.startswith("usage: " if status == 2 else "code is not ready: ")

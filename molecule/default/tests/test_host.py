@@ -32,12 +32,23 @@ def test_only_the_ui_listens_and_only_on_the_loopback(host: Any) -> None:
     listening = {
         line.split()[3] for line in host.check_output("ss --tcp --listening --numeric --no-header").splitlines()
     }
-    assert {address for address in listening if address.rsplit(":", 1)[1] in ("4000", "5432", str(PORT))} == {
+    assert {address for address in listening if address.rsplit(":", 1)[1] in ("5432", str(PORT))} == {
         f"127.0.0.1:{PORT}"
     }
 
 
-@pytest.mark.parametrize("port", [PORT, 4000, 5432])
+def test_code_servers_listen_on_sockets_that_runs_do_not_see_and_on_no_port(host: Any) -> None:
+    listening = host.check_output(
+        "docker exec dagster-code sh -c 'grep -h \" 0A \" /proc/net/tcp /proc/net/tcp6 || true'"
+    )
+    assert [line.split()[1] for line in listening.splitlines() if ":" in line and " 0B00007F:" not in line] == []
+    sockets = host.check_output("ls /run/data-platform-code/core").split()
+    assert "current.sock" in sockets
+    assert "data-platform-code" not in host.file("/etc/data-platform/runs/runs.json").content_string
+    assert oct(host.file("/run/data-platform-code/core").mode) == oct(0o700)
+
+
+@pytest.mark.parametrize("port", [PORT, 5432])
 def test_no_port_answers_other_machines(host: Any, port: int) -> None:
     address = host.check_output("hostname --ip-address").split()[0]
     with pytest.raises(OSError):

@@ -25,7 +25,6 @@ ip netns exec neighbour sh -ec '
 PORTS = [
     ("127.0.0.1", "dagster-webserver", 3001),
     ("itself", "dagster-webserver", 3001),
-    ("itself", "dagster-code", 4000),
     ("itself", "dagster-postgres", 5432),
 ]
 

@@ -3,16 +3,22 @@
 
     container-unit prepare UNIT          before the container starts: clear the way and write down what it is made of;
                                          if it failed again and again, wait first
-    container-unit ready UNIT COMMAND…   wait until COMMAND succeeds inside the container
+    container-unit ready UNIT            wait until the container does its job
+    container-unit replace UNIT          put a new container beside the one that serves; once ready it takes over
+    container-unit retire UNIT NAME      let the container NAME, which was replaced, finish what it was asked, and end
+    container-unit clear UNIT            remove the unit's containers
     container-unit reloaded UNIT         write down that the container has read its configuration again
-    container-unit converge [--check] UNIT…
+    container-unit rehearse FILE         if the unit that FILE describes is running: run the rehearsal that FILE names
+                                         in a container which is what the unit's would be
+    container-unit converge [--check] [--only] UNIT…
                                          bring the host to exactly these units, each with a container that is made of
-                                         what the host now holds
+                                         what the host now holds; with --only, leave all others as they are
     container-unit remove [--check]      remove all units, their containers and their networks
 
 A unit's file is the description of its container. Its section [X-Container], which systemd ignores, names the image,
 the network, the configuration files that the container reads when it starts, those that it reads again when it is
-reloaded, its user, and the directories that it writes to.
+reloaded, its user, the directories that it writes to, and the commands that, run inside, tell whether it does its job,
+wait until nobody asks it any more, or tell whether it would do its job.
 """
 
 from __future__ import annotations
@@ -22,6 +28,9 @@ import configparser
 import hashlib
 import json
 import os
+import re
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -66,12 +75,14 @@ class Unit:
     def __init__(self, file: Path) -> None:
         """Read the unit's file."""
         self.file = file
-        self.name = file.stem
         parser = configparser.ConfigParser(strict=False, interpolation=None, allow_no_value=True)
         try:
             parser.read_string(file.read_text())
             container = parser["X-Container"]
-        except (OSError, configparser.Error, KeyError) as error:
+            self.start = words(parser["Service"]["ExecStart"])
+            self.stop = words(parser["Service"].get("ExecStop", ""))
+            self.name = self.start[self.start.index("--name") + 1]
+        except (OSError, configparser.Error, KeyError, ValueError) as error:
             raise Failure(f"{file} does not describe a container ({error}): run the playbook again.") from error
         self.image = container["Image"]
         self.network = container["Network"]
@@ -79,6 +90,9 @@ class Unit:
         self.reload = [Path(word) for word in container.get("Reload", "").split()]
         self.user = int(container.get("User", "0"))
         self.data = [Path(word) for word in container.get("Data", "").split()]
+        self.ready = words(container.get("Ready", ""))
+        self.drain = words(container.get("Drain", ""))
+        self.rehearsal = words(container.get("Rehearsal", ""))
 
     def made_of(self, image_id: str) -> str:
         """Digest of all that the container is made of: unit, image, configuration.
@@ -92,6 +106,12 @@ class Unit:
     def reloaded(self) -> Path:
         """Where it stands which configuration the container has read again last."""
         return RUNTIME / self.name / "reloaded"
+
+
+def words(line: str) -> list[str]:
+    """Words of a command line of a unit file, which are in quotation marks wherever they are not plain."""
+    plain = shlex.split(line.replace("\\\n", " "))
+    return [word.replace("$$", "$").replace("%%", "%") for word in plain]
 
 
 def digest(start: str, *paths: Path) -> str:
@@ -120,11 +140,8 @@ def prepare(unit: Unit) -> None:
     state = show(unit.name, "NRestarts", "NeedDaemonReload")
     back_off(unit, again=state["NRestarts"] != "0")
     refuse_while_upgrading(unit)
-    ids = image_ids([unit])
-    if unit.image not in ids:
-        run("docker", "version")
-        raise Failure(f"{unit.name} needs the image {unit.image}, which is not on this host: run the playbook again.")
-    run("docker", "rm", "--force", "--volumes", unit.name, check=False)
+    image = image_id(unit)
+    clear(unit)
     there = bridge(unit.network)
     if there not in (None, unit.network):  # as an older version made it; this fails while others use it
         run("docker", "network", "rm", unit.network, check=False)
@@ -135,8 +152,7 @@ def prepare(unit: Unit) -> None:
             raise Failure(f"The network {unit.network} cannot be made: {created.stderr.strip()}")
     for path in unit.data:
         provide(path, unit.user)
-    made_of = "outdated-unit" if state["NeedDaemonReload"] == "yes" else unit.made_of(ids[unit.image])
-    (RUNTIME / unit.name / "labels").write_text(f"{LABEL}={made_of}\n")
+    label(unit, "outdated-unit" if state["NeedDaemonReload"] == "yes" else unit.made_of(image))
     reloaded(unit)
 
 
@@ -153,6 +169,33 @@ def refuse_while_upgrading(unit: Unit) -> None:
             f"An upgrade that began at {since} is not finished, so {unit.name} does not start: "
             "run playbooks/upgrade.yml again."
         )
+
+
+def image_id(unit: Unit) -> str:
+    """ID of the unit's image.
+
+    Raises:
+        Failure: The image is missing, or Docker does not answer.
+    """
+    ids = image_ids([unit])
+    if unit.image not in ids:
+        run("docker", "version")
+        raise Failure(f"{unit.name} needs the image {unit.image}, which is not on this host: run the playbook again.")
+    return ids[unit.image]
+
+
+def label(unit: Unit, made_of: str) -> None:
+    """Write down what the unit's next container is made of, where docker run finds it."""
+    (RUNTIME / unit.name / "labels").write_text(f"{LABEL}={made_of}\n")
+
+
+def clear(unit: Unit) -> None:
+    """Remove the unit's containers: its own, and those beside it if it is replaced while it serves."""
+    beside = []
+    if unit.drain:
+        names = run("docker", "container", "ls", "--all", "--format", "{{.Names}}", check=False).stdout.split()
+        beside = [name for name in names if name.startswith(f"{unit.name}.")]
+    run("docker", "rm", "--force", "--volumes", unit.name, *beside, check=False)
 
 
 def show(unit: str, *properties: str) -> dict[str, str]:
@@ -210,32 +253,122 @@ def reloaded(unit: Unit) -> None:
     unit.reloaded.write_text(digest("", *unit.reload))
 
 
-def ready(unit: Unit, command: list[str], interval: float = 0.2) -> None:
-    """Wait until ``command`` succeeds inside the container; systemd's TimeoutStartSec bounds the wait.
+def ready(unit: Unit, name: str, main: int | None, interval: float = 0.2) -> None:
+    """Wait until a container of the unit does its job; systemd's TimeoutStartSec bounds the wait.
 
     Args:
         unit: The unit that is starting.
-        command: What asks the service whether it does its job.
+        name: The container.
+        main: The process that the container ends with.
         interval: Seconds between two attempts, or as long as an attempt took: a slow host is to start, not to answer.
 
     Raises:
-        Failure: The unit's main process has ended.
+        Failure: The process has ended.
     """
-    main = os.environ.get("MAINPID")
     asked = time.monotonic()
-    while run("docker", "exec", unit.name, *command, check=False).returncode:
-        if main and not Path("/proc", main).exists():
+    while run("docker", "exec", name, *unit.ready, check=False).returncode:
+        if main and not Path("/proc", str(main)).exists():
             raise Failure(f"{unit.name} ended before it was ready: see 'journalctl -u {unit.name}'.")
         time.sleep(max(interval, time.monotonic() - asked))
         asked = time.monotonic()
 
 
-def converge(wanted: list[str], check: bool) -> list[str]:
+def replace(unit: Unit) -> None:
+    """Put a new container beside the one that serves, and make it the unit's once it is ready.
+
+    Until then nothing of the old one changes, so that a failure leaves it serving. systemd is told of the new main
+    process; the old container is retired by a process of its own, which need not be waited for.
+
+    Raises:
+        Failure: There is nothing to replace, or the new container did not become ready.
+    """
+    old = run("docker", "container", "inspect", "--format", "{{.Id}}", unit.name, check=False).stdout.strip()
+    if not old:
+        raise Failure(f"{unit.name} has no container that could be replaced: run 'systemctl restart {unit.name}'.")
+    image, new, retired = image_id(unit), f"{unit.name}.new", f"{unit.name}.{old[:12]}"
+    for path in unit.data:
+        provide(path, unit.user)
+    run("docker", "rm", "--force", "--volumes", new, check=False)
+    label(unit, unit.made_of(image))
+    main = spawn([new if word == unit.name else word for word in unit.start])
+    try:
+        ready(unit, new, main)
+    except Failure:
+        run("docker", "rm", "--force", "--volumes", new, check=False)
+        raise
+    notify(f"MAINPID={main}")
+    run("docker", "rename", unit.name, retired)
+    run("docker", "rename", new, unit.name)
+    spawn([sys.executable, os.path.abspath(__file__), "retire", unit.name, retired])
+
+
+def spawn(command: list[str]) -> int:
+    """Start ``command`` as a child of the host's first process, in the control group of this one; give its process ID.
+
+    systemd watches a main process only if it is its own child.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        grandchild = os.fork()
+        if not grandchild:
+            os.execv(command[0], command)
+        os.write(writing, str(grandchild).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with open(reading, encoding="ascii") as pipe:
+        return int(pipe.read())
+
+
+def notify(message: str) -> None:
+    """Tell systemd something of this unit, as sd_notify(3) does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram:
+        datagram.connect(re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"]))
+        datagram.send(message.encode())
+
+
+def retire(unit: Unit, name: str) -> None:
+    """Let a container that was replaced finish what it was asked, then stop and remove it."""
+    run("docker", "exec", name, *unit.drain, check=False)
+    run(*(name if word == unit.name else word for word in unit.stop), check=False)
+    run("docker", "rm", "--force", "--volumes", name, check=False)
+
+
+def rehearse(unit: Unit) -> str:
+    """Run the unit's rehearsal in a container of its own, which is what the unit's would be; give what it says.
+
+    A unit that is not running has nothing to lose: its start will tell.
+
+    Raises:
+        Failure: The rehearsal failed.
+    """
+    state = run("docker", "container", "inspect", "--format", "{{.State.Running}}", unit.name, check=False).stdout
+    if not unit.rehearsal or state.strip() != "true":
+        return ""
+    for path in unit.data:
+        provide(path, unit.user)
+    name = f"{unit.name}.rehearsal"
+    given = unit.start[unit.start.index("run") + 1 : unit.start.index(unit.image) + 1]
+    own = [at for at, word in enumerate(given) if word in ("--name", "--label-file", "--publish")]
+    options = [word for at, word in enumerate(given) if at not in own and at - 1 not in own]
+    run("docker", "rm", "--force", "--volumes", name, check=False)
+    done = run("docker", "run", "--rm", "--name", name, *options, *unit.rehearsal, check=False)
+    if done.returncode:
+        raise Failure(done.stderr.strip() or done.stdout.strip())
+    return done.stdout
+
+
+def converge(wanted: list[str], check: bool, only: bool = False) -> list[str]:
     """Bring the host to exactly the units ``wanted``, each with a container that is made of what the host now holds.
+
+    If nothing differs but units whose container can be replaced while it serves, they are replaced, not restarted.
 
     Args:
         wanted: Names of the units that this host is to have.
         check: Only say what would be done.
+        only: Leave all other units as they are.
 
     Returns:
         What was done, a line for each unit concerned.
@@ -245,7 +378,7 @@ def converge(wanted: list[str], check: bool) -> list[str]:
     """
     found = described()
     units = [unit for unit in found if unit.name in wanted]
-    unwanted = [unit for unit in found if unit.name not in wanted]
+    unwanted = [unit for unit in found if unit.name not in wanted and not only]
     names = [unit.name for unit in units]
     running = {}
     form = '{{.Name}} {{.State.Running}} {{index .Config.Labels "' + LABEL + '"}}'
@@ -271,12 +404,18 @@ def converge(wanted: list[str], check: bool) -> list[str]:
         and unit.name not in stale
         and (not unit.reloaded.exists() or unit.reloaded.read_text() != digest("", *unit.reload))
     ]
+    replaceable = {
+        unit.name for unit in units if unit.drain and running.get(unit.name) and unit.network not in misnamed
+    }
+    replaceable &= {name for name, state in zip(names, active, strict=True) if state == "active"}
+    replaced = stale if replaceable.issuperset(stale) else []
+    stale = [] if replaced else stale
     disabled = [name for name, state in zip(names, enabled, strict=True) if state != "enabled"]
-    unread = show(SLICE, "NeedDaemonReload")["NeedDaemonReload"] == "yes"
-    outgrown = JOURNAL.exists() and JOURNAL.stat().st_mtime > started("systemd-journald")
+    unread = not only and show(SLICE, "NeedDaemonReload")["NeedDaemonReload"] == "yes"
+    outgrown = not only and JOURNAL.exists() and JOURNAL.stat().st_mtime > started("systemd-journald")
     if outgrown and not check:
         run("systemctl", "restart", "systemd-journald")
-    if (stale or disabled or unread) and not check:
+    if (stale or replaced or disabled or unread) and not check:
         run("systemctl", "daemon-reload")
         if disabled:
             run("systemctl", "enable", "--quiet", *disabled)
@@ -285,18 +424,29 @@ def converge(wanted: list[str], check: bool) -> list[str]:
         if stale and run("systemctl", "restart", *stale, check=False).returncode:
             states = run("systemctl", "is-active", *stale, check=False).stdout.split()
             failed = [name for name, state in zip(stale, states, strict=False) if state != "active"] or stale
-            journal = run("journalctl", "--no-pager", "--lines=30", "--output=cat", *(f"--unit={n}" for n in failed))
-            raise Failure(f"{', '.join(failed)} did not become ready; the last lines of the journal:\n{journal.stdout}")
+            raise Failure(f"{', '.join(failed)} did not become ready; {last_lines(failed)}")
+        if replaced and run("systemctl", "reload", *replaced, check=False).returncode:
+            names = ", ".join(replaced)
+            raise Failure(
+                f"{names} could not be replaced, and the containers before still serve; {last_lines(replaced)}"
+            )
     if outdated and not check:
         run("systemctl", "reload", *outdated)
     return [
         *(f"restarted {name}" for name in stale),
-        *(f"enabled {name}" for name in disabled if name not in stale),
+        *(f"replaced {name}" for name in replaced),
+        *(f"enabled {name}" for name in disabled if name not in stale + replaced),
         *(f"reloaded {name}" for name in outdated),
         *(["reloaded dagster.slice"] if unread else []),
         *(["restarted systemd-journald"] if outgrown else []),
         *remove(unwanted, [], check),
     ]
+
+
+def last_lines(units: list[str]) -> str:
+    """What the journal holds of these units last, with a word of introduction."""
+    journal = run("journalctl", "--no-pager", "--lines=30", "--output=cat", *(f"--unit={name}" for name in units))
+    return f"the last lines of the journal:\n{journal.stdout}"
 
 
 def started(unit: str) -> float:
@@ -356,27 +506,36 @@ def main(arguments: list[str]) -> int:
     """Do what ``arguments`` say; give the exit status."""
     parser = argparse.ArgumentParser(prog="container-unit", description="Mechanics of the units that run containers.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("prepare").add_argument("unit")
-    waiting = commands.add_parser("ready")
-    waiting.add_argument("unit")
-    waiting.add_argument("check", nargs=argparse.REMAINDER)
-    commands.add_parser("reloaded").add_argument("unit")
+    for command in ("prepare", "ready", "replace", "clear", "reloaded"):
+        commands.add_parser(command).add_argument("unit")
+    retiring = commands.add_parser("retire")
+    retiring.add_argument("unit")
+    retiring.add_argument("name")
+    commands.add_parser("rehearse").add_argument("file", type=Path)
     converging = commands.add_parser("converge")
     converging.add_argument("--check", action="store_true")
+    converging.add_argument("--only", action="store_true")
     converging.add_argument("units", nargs="+")
     commands.add_parser("remove").add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
+    alone = {"prepare": prepare, "replace": replace, "clear": clear, "reloaded": reloaded}
     try:
-        if options.command == "prepare":
-            prepare(Unit(UNITS / f"{options.unit}.service"))
-        elif options.command == "ready":
-            ready(Unit(UNITS / f"{options.unit}.service"), options.check)
-        elif options.command == "reloaded":
-            reloaded(Unit(UNITS / f"{options.unit}.service"))
-        else:
-            check = options.check
-            for line in converge(options.units, check) if options.command == "converge" else remove_all(check):
+        if options.command == "converge":
+            for line in converge(options.units, options.check, options.only):
                 print(line)
+        elif options.command == "remove":
+            for line in remove_all(options.check):
+                print(line)
+        elif options.command == "rehearse":
+            print(rehearse(Unit(options.file)), end="")
+        else:
+            unit = Unit(UNITS / f"{options.unit}.service")
+            if options.command == "ready":
+                ready(unit, unit.name, int(os.environ.get("MAINPID", "0")) or None)
+            elif options.command == "retire":
+                retire(unit, options.name)
+            else:
+                alone[options.command](unit)
     except Failure as failure:
         print(failure, file=sys.stderr)
         return 1

@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> None:
     from dagster import DagsterInstance
     from dagster._daemon import cli, controller
 
-    from data_platform_runtime import connections, recovery
+    from data_platform_runtime import code_servers, connections, recovery
 
     class Controller(controller.DagsterDaemonController):
         """The daemon's main loop, whose minute is over when it is asked to read."""
@@ -56,6 +56,7 @@ def run(arguments: list[str]) -> None:
     controller.DagsterDaemonController = Controller
     controller.QueuedRunCoordinatorDaemon = Queue
     controller.THREAD_CHECK_INTERVAL = INTERVAL
+    code_servers.stay()
     connections.keep()
     recovery.keep_retries()
     recovery.explain_timeouts()

@@ -1,0 +1,62 @@
+"""Lookup plugin ``controller``: who runs this play, from where, and which plays of this controller are alive."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from ansible.plugins.lookup import LookupBase
+
+DOCUMENTATION = """
+name: controller
+short_description: Who runs this play, and from where
+description:
+  - Gives a dictionary with C(by) (user and host name), C(host) (the controller, until it boots again), C(process) (this
+    play's process there) and C(alive) (all processes of plays there).
+  - With the last three a lock tells whether the play that took it lives.
+options: {}
+"""
+
+PROC = Path("/proc")
+
+
+def plays() -> Iterator[tuple[int, str]]:
+    """ID and identity, which no later process has too, of each process of Ansible."""
+    for directory in PROC.glob("[0-9]*"):
+        try:
+            command = (directory / "cmdline").read_bytes()
+            started = (directory / "stat").read_text().rsplit(")", 1)[1].split()[19]
+        except OSError:
+            continue
+        if b"ansible" in command:
+            yield int(directory.name), f"{directory.name}.{started}"
+
+
+def parent(process: int) -> int:
+    """ID of the parent of a process."""
+    return int((PROC / str(process) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def controller() -> dict[str, object]:
+    """Describe this controller and this play; without /proc, no process is told from another."""
+    name = socket.gethostname()
+    described: dict[str, object] = {"by": f"{getpass.getuser()}@{name}", "host": name, "process": "-", "alive": ["-"]}
+    if (boot := PROC / "sys/kernel/random/boot_id").exists():
+        alive = dict(plays())
+        process = os.getpid()
+        while (above := parent(process)) in alive:
+            process = above
+        described["host"] = f"{name}-{boot.read_text().strip()}"
+        described |= {"process": alive.get(process, "-"), "alive": sorted(alive.values())}
+    return described
+
+
+class LookupModule(LookupBase):
+    """Entry point for Ansible."""
+
+    def run(self, terms: list[str], variables: dict | None = None, **kwargs: object) -> list[dict[str, object]]:
+        """Describe this controller."""
+        return [controller()]

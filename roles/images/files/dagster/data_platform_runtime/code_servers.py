@@ -1,0 +1,172 @@
+"""Code servers that are replaced while they serve: each on a Unix socket of its own, found by a link.
+
+All code servers of a location listen in one directory of the host, each on a socket that is named after its container.
+The link ``current.sock`` is replaced once the next one is ready. What webserver and daemon have loaded from a server
+they ask of that same server, until it is gone: a run that is launched between the switch and the moment when they have
+loaded the new definitions is planned by the code that its image holds.
+
+Run as ``python -m data_platform_runtime.code_servers drain`` in the container of a code server that was replaced: ends
+once nobody has asked it anything for a while.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LINK = "current.sock"
+"""Name of the link by which the code server of a location is found."""
+
+IDLE = 5.0
+"""Seconds without a call after which a code server that was replaced has nothing more to do."""
+
+PATIENCE = 90.0
+"""Seconds after which it ends in any case: Dagster lets the evaluation of a sensor or schedule take 60."""
+
+CONNECTED = "03"
+"""State of a connection in /proc/net/unix."""
+
+DEPLOYMENTS = Path("/var/lib/data-platform/deployments")
+"""Directory of the host with a file for each location that says what was deployed last, and when."""
+
+
+def own_socket() -> Path:
+    """Where the code server of this container listens."""
+    return Path(os.environ["DATA_PLATFORM_SOCKETS"], f"{socket.gethostname()}.sock")
+
+
+def take_over(own: Path) -> None:
+    """Have the code server that listens at ``own`` found by others from now on, and remove what dead ones left."""
+    link = own.with_name(LINK)
+    if not link.is_symlink() or os.readlink(link) != own.name:
+        new = own.with_suffix(".link")
+        new.unlink(missing_ok=True)
+        new.symlink_to(own.name)
+        new.replace(link)
+    for other in own.parent.glob("*.sock"):
+        if other not in (own, link) and is_dead(other):
+            other.unlink(missing_ok=True)
+
+
+def is_dead(path: Path) -> bool:
+    """Whether nobody listens at a socket any more."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        try:
+            connection.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+def calls(path: Path, table: str) -> int:
+    """How many calls a server is answering: each has a connection of its own, for as long as it lasts.
+
+    Args:
+        path: The server's socket.
+        table: What /proc/net/unix holds, of the network namespace that the server is in.
+    """
+    rows = [line.split() for line in table.splitlines()]
+    return sum(row[5] == CONNECTED and row[7:] == [str(path)] for row in rows if len(row) > 7)
+
+
+def runs(own: Path) -> bool:
+    """Whether runs are processes of the code server that listens at ``own``, as with DefaultRunLauncher."""
+    from dagster._grpc.client import DagsterGrpcClient
+    from dagster._grpc.types import GetCurrentRunsResult
+    from dagster._serdes import deserialize_value
+
+    answer = DagsterGrpcClient(socket=str(own)).get_current_runs()
+    return bool(deserialize_value(answer, GetCurrentRunsResult).current_runs)
+
+
+def drain(idle: float = IDLE, patience: float = PATIENCE, interval: float = 0.1) -> None:
+    """Wait until the code server of this container was asked nothing for a while, and none of its runs is left.
+
+    Args:
+        idle: Seconds without a call.
+        patience: Seconds after which it is not waited for calls any more.
+        interval: Seconds between two looks.
+    """
+    own = own_socket()
+    now = time.monotonic()
+    asked, deadline = now, now + patience
+    while now < min(asked + idle, deadline):
+        if calls(own, Path("/proc/net/unix").read_text()):
+            asked = now
+        time.sleep(interval)
+        now = time.monotonic()
+    while runs(own):
+        time.sleep(idle)
+
+
+def deployed(location: str, image: str | None) -> dict[str, str]:
+    """What the UI is to show of the code that a location serves: its version, and when it was deployed.
+
+    Args:
+        location: Name of the location.
+        image: Its image.
+    """
+    try:
+        record: Mapping[str, Any] = json.loads((DEPLOYMENTS / f"{location}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    shown = {"code version": "version", "revision": "revision", "deployed": "deployed", "deployed by": "by"}
+    if not image or record.get("image") != image:
+        return {}
+    return {label: str(record[name]) for label, name in shown.items() if record.get(name)}
+
+
+def stay() -> None:
+    """Have this process ask each code server what it has loaded from it, even after another one has taken over."""
+    from dagster._core.remote_representation import code_location
+    from dagster._grpc.client import DagsterGrpcClient
+
+    class Client(DagsterGrpcClient):
+        """A client of one server, and of the one that the link leads to once that server is gone."""
+
+        def __init__(self, link: str, server: str) -> None:
+            """Take note of both."""
+            self.link, self.server = link, server
+            super().__init__(socket=link)
+
+        @property
+        def _server_address(self) -> str:
+            return f"unix:{self.server if os.path.exists(self.server) else self.link}"
+
+        @_server_address.setter
+        def _server_address(self, address: str) -> None:
+            """Dagster sets it once, to the link."""
+
+    class Location(code_location.GrpcServerCodeLocation):
+        """A code location that stays with the server it was loaded from."""
+
+        def __init__(self, origin: Any, instance: Any, **options: Any) -> None:
+            """Load it from one server: again, if another one took over meanwhile."""
+            link = getattr(origin, "socket", None)
+            while True:
+                server = os.path.realpath(link) if link else None
+                super().__init__(origin, instance, **options)
+                if not link or os.path.realpath(link) == server:
+                    break
+            if link:
+                self.client = Client(link, str(server))
+
+        def get_display_metadata(self) -> Mapping[str, str]:
+            """What the UI shows of it."""
+            return {**super().get_display_metadata(), **deployed(self.origin.location_name, self.container_image)}
+
+    code_location.GrpcServerCodeLocation = Location
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["drain"]:
+        sys.exit("usage: python -m data_platform_runtime.code_servers drain")
+    drain()

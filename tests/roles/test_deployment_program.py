@@ -1,0 +1,299 @@
+"""The program that keeps lock and log of changes, with a stand-in for docker; Molecule has the real one."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import ROOT, module_at
+
+STAND_IN = f"""#!{sys.executable} -IS
+import json, pathlib, sys
+here = pathlib.Path(__file__).parent
+line = " ".join([pathlib.Path(__file__).name, *sys.argv[1:]])
+with open(here / "calls", "a") as calls:
+    print(line, file=calls)
+answers = json.loads((here / "answers").read_text())
+given = [answers[start] for start in sorted(answers, key=len) if line.startswith(start)]
+code, out, err = given[-1] if given else (0, "", "")
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
+"""
+UNIT = """[Service]
+ExecStart=/usr/bin/docker run --name {name} {image} serve
+[X-Container]
+Image={image}
+"""
+ME = ["--by", "me@here", "--host", "here", "--process", "7.1", "--alive", "7.1", "8.1"]
+OLD, NEW, OTHER = ("data-platform/code-sales:old", "data-platform/code-sales:new", "data-platform/code-core:one")
+
+
+class Host:
+    """A host with a webserver and two locations."""
+
+    def __init__(self, root: Path, program: ModuleType) -> None:
+        """Make the host below ``root``."""
+        self.program, self.tools, self.units, self.state = program, root / "bin", root / "units", root / "state"
+        for folder in (self.tools, self.units):
+            folder.mkdir()
+        for tool in ("docker", "systemctl", "container-unit"):
+            (self.tools / tool).write_text(STAND_IN)
+            (self.tools / tool).chmod(0o755)
+        self.answers: dict[str, tuple[int, str, str]] = {}
+        self.add("dagster-webserver", "data-platform/dagster:shared")
+        self.add("dagster-code-sales", OLD)
+        self.add("dagster-code", OTHER)
+        self.answer("docker image inspect", "data-platform/dagster:shared\n")
+        self.serves(OLD)
+
+    def add(self, name: str, image: str) -> None:
+        """Put a unit on the host."""
+        (self.units / f"{name}.service").write_text(UNIT.format(name=name, image=image))
+
+    def answer(self, start: str, out: str = "", code: int = 0, err: str = "") -> None:
+        """Say what calls that start like this give; the longest start counts."""
+        self.answers[start] = (code, out, err)
+        (self.tools / "answers").write_text(json.dumps(self.answers))
+
+    def serves(self, image: str) -> None:
+        """Say which code of the location sales is served."""
+        beside = f"dagster-code-sales.0123456789ab {OLD}\ndata-platform-run-1 {OLD}\n"
+        listed = f"dagster-code-sales {image}\ndagster-code {OTHER}\ndagster-webserver x\n{beside}"
+        self.answer("docker container ls", listed)
+
+    def run(self, *arguments: str) -> int:
+        """Call the program; give its exit status."""
+        return self.program.main([*arguments])
+
+    def calls(self, start: str) -> list[str]:
+        """Give the calls that start like this."""
+        written = self.tools / "calls"
+        return [line for line in written.read_text().splitlines() if line.startswith(start)] if written.exists() else []
+
+    def log(self) -> list[dict[str, Any]]:
+        """Give the log."""
+        return self.program.logged()
+
+    def file(self, name: str) -> dict[str, Any]:
+        """Give what a file of the state holds."""
+        return self.program.read(self.state / name)
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A host that the program takes for its own."""
+    program = module_at(ROOT / "roles/deployments/files/deployment.py")
+    host = Host(tmp_path, program)
+    (tmp_path / "boot").write_text("first\n")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(host.tools), os.environ["PATH"]]))
+    monkeypatch.setattr(program, "STATE", host.state)
+    monkeypatch.setattr(program, "UNITS", host.units)
+    monkeypatch.setattr(program, "BOOT", tmp_path / "boot")
+    monkeypatch.setattr(program, "CONTAINER_UNIT", str(host.tools / "container-unit"))
+    monkeypatch.setattr(program, "PATIENCE", 0.2)
+    return host
+
+
+@pytest.fixture
+def begin(host: Host, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Take the lock; gives its token."""
+
+    def take(what: str = "deploy") -> str:
+        capsys.readouterr()
+        assert host.run("begin", what, *ME) == 0
+        return capsys.readouterr().out.strip()
+
+    return take
+
+
+def deploy(host: Host, begin: Callable[..., str], image: str) -> None:
+    """Deploy code of the location sales."""
+    token = begin()
+    assert host.run("record", f"sales={image}=abc", f"core={OTHER}=") == 0
+    host.add("dagster-code-sales", image)
+    host.serves(image)
+    assert host.run("finish", token) == 0
+
+
+def test_a_deployment_is_on_record(host: Host, begin: Callable[..., str], capsys: pytest.CaptureFixture) -> None:
+    token = begin()
+    assert host.run("record", "--check", f"sales={NEW}=abc") == 0
+    assert not (host.state / "sales.json").exists()
+    assert host.run("record", f"sales={NEW}=abc", f"core={OTHER}=") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "sales: nothing -> new",
+        *("sales: nothing -> new", "core: nothing -> one"),
+    ]
+    host.serves(NEW)
+    assert host.run("finish", token) == 0
+    assert "Served and shown now" in capsys.readouterr().out
+    assert host.calls("docker exec") == [
+        f"docker exec dagster-webserver python -m data_platform_runtime.ready webserver sales={NEW}"
+    ]
+    (line,) = host.log()
+    assert (line["what"], line["by"], line["result"]) == ("deploy", "me@here", "ok")
+    assert line["code"] == {"sales": {"from": OLD, "to": NEW, "revision": "abc"}}
+    record = host.file("sales.json")
+    assert (record["image"], record["version"], record["revision"], record["by"]) == (NEW, "new", "abc", "me@here")
+    assert not (host.state / "lock").exists()
+    assert host.run("record", f"sales={NEW}=def") == 0
+    assert capsys.readouterr().out == ""
+    assert host.file("sales.json") == record
+
+
+@pytest.mark.parametrize(("what", "lines"), [("site", 0), ("deploy", 1), ("upgrade", 1)])
+def test_a_play_that_changes_no_code_says_so(
+    what: str, lines: int, host: Host, begin: Callable[..., str], capsys: pytest.CaptureFixture
+) -> None:
+    assert host.run("finish", begin(what)) == 0
+    assert capsys.readouterr().out == "All code that the host is to serve was served already.\n"
+    assert len(host.log()) == lines
+
+
+def test_what_failed_is_on_record_and_leaves_what_was_written_down(host: Host, begin: Callable[..., str]) -> None:
+    deploy(host, begin, OLD)
+    before = host.file("sales.json")
+    token = begin()
+    assert host.run("record", f"sales={NEW}=abc") == 0
+    assert host.run("finish", "--failed", token) == 0
+    assert host.log()[-1]["result"] == "failed"
+    assert host.file("sales.json") == before
+    assert not (host.state / "lock").exists()
+
+
+def test_code_that_the_ui_does_not_show_is_a_failure(
+    host: Host, begin: Callable[..., str], capsys: pytest.CaptureFixture
+) -> None:
+    token = begin()
+    host.serves(NEW)
+    host.answer("docker exec", code=1, err="not shown yet: sales")
+    assert host.run("finish", token) == 1
+    assert "the UI does not show it after 0.2 s (not shown yet: sales): see" in capsys.readouterr().err
+    assert host.log()[-1]["result"] == "failed"
+    assert not (host.state / "lock").exists()
+
+
+def test_a_second_one_is_refused(host: Host, begin: Callable[..., str], capsys: pytest.CaptureFixture) -> None:
+    token = begin()
+    for other in ([*ME], ["--by", "you@there", "--host", "there", "--process", "1.1", "--alive", "1.1"]):
+        assert host.run("begin", "upgrade", *other) == 1
+        said = capsys.readouterr().err
+        assert "A change of this platform (deploy) is in progress since " in said
+        assert "by me@here: wait for its end" in said
+    assert host.run("finish", "another") == 0
+    assert (host.state / "lock").exists()
+    assert host.run("finish", token) == 0
+    begin()
+
+
+@pytest.mark.parametrize("why", ["booted", "old", "dead", "empty"])
+def test_a_lock_that_counts_no_more_is_taken_over_and_on_record(
+    why: str, host: Host, begin: Callable[..., str], tmp_path: Path
+) -> None:
+    begin()
+    lock = host.file("lock")
+    reasons = {"booted": "the host has been booted since", "old": "it is older than 2 hours"}
+    if why == "booted":
+        (tmp_path / "boot").write_text("second\n")
+    elif why == "old":
+        lock["at"] -= 2 * 3600 + 1
+        (host.state / "lock").write_text(json.dumps(lock))
+    elif why == "dead":
+        lock["process"] = "9.1"
+        (host.state / "lock").write_text(json.dumps(lock))
+    else:
+        (host.state / "lock").write_text("")
+    begin()
+    reason = reasons.get(why, "the play that took it is dead")
+    assert [line["result"] for line in host.log()] == ([] if why == "empty" else [f"abandoned, {reason}"])
+
+
+def test_a_process_of_another_controller_is_not_called_dead(host: Host, begin: Callable[..., str]) -> None:
+    begin()
+    assert host.run("begin", "deploy", "--by", "you", "--host", "there", "--process", "1.1", "--alive", "1.1") == 1
+
+
+def test_rollback_puts_back_what_was_served_before(
+    host: Host, begin: Callable[..., str], capsys: pytest.CaptureFixture
+) -> None:
+    deploy(host, begin, NEW)
+    host.answer("container-unit", "replaced dagster-code-sales\n")
+    capsys.readouterr()
+
+    def serve(*command: str, **options: object) -> str:
+        if command[0] == host.program.CONTAINER_UNIT:
+            host.serves(OLD)
+        return run(*command, **options)
+
+    run, host.program.run = host.program.run, serve
+    assert host.run("rollback", *ME) == 0
+    assert "after the rollback began: sales old." in capsys.readouterr().out
+    assert (host.units / "dagster-code-sales.service").read_text() == UNIT.format(name="dagster-code-sales", image=OLD)
+    assert host.calls("container-unit") == ["container-unit converge --only dagster-code-sales"]
+    assert host.calls("docker image tag") == [
+        f"docker image tag {NEW} data-platform/code-sales:previous",
+        f"docker image tag {OLD} data-platform/code-sales:current",
+    ]
+    assert host.log()[-1]["code"]["sales"]["to"] == OLD
+    assert host.run("record", f"sales={NEW}=abc") == 0
+    assert "sales: old -> new, although it was rolled back from new at " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("inspected", "sentence"),
+    [
+        ((1, "", "No such image"), f"The code before this one, {OLD}, is not on this host any more"),
+        ((0, "\n", ""), f"The code before this one, {OLD}, is not on this host any more"),
+        ((0, "data-platform/dagster:other\n", ""), "was built for another Dagster image than the one that runs"),
+    ],
+)
+def test_rollback_to_what_cannot_be_served_changes_nothing(
+    inspected: tuple[int, str, str],
+    sentence: str,
+    host: Host,
+    begin: Callable[..., str],
+    capsys: pytest.CaptureFixture,
+) -> None:
+    deploy(host, begin, NEW)
+    host.answer("docker image inspect", inspected[1], inspected[0], inspected[2])
+    assert host.run("rollback", *ME) == 1
+    assert sentence in capsys.readouterr().err
+    assert NEW in (host.units / "dagster-code-sales.service").read_text()
+    assert not (host.state / "lock").exists()
+    assert host.log()[-1]["result"] == "failed"
+
+
+def test_rollback_without_a_version_before_says_so(host: Host, capsys: pytest.CaptureFixture) -> None:
+    assert host.run("rollback", *ME) == 1
+    assert "There is no code to go back to: none was replaced on this host yet." in capsys.readouterr().err
+
+
+def test_rollback_whose_code_does_not_start_leaves_the_units_as_they_were(
+    host: Host, begin: Callable[..., str], capsys: pytest.CaptureFixture
+) -> None:
+    deploy(host, begin, NEW)
+    host.answer("container-unit", code=1, err="dagster-code-sales could not be replaced")
+    assert host.run("rollback", *ME) == 1
+    assert "dagster-code-sales could not be replaced" in capsys.readouterr().err
+    assert NEW in (host.units / "dagster-code-sales.service").read_text()
+    assert host.file("sales.json")["image"] == NEW
+    assert "rolled back" not in host.file("sales.json")
+
+
+def test_status_says_what_runs(host: Host, begin: Callable[..., str], capsys: pytest.CaptureFixture) -> None:
+    for image in (NEW, OLD) * 6:
+        deploy(host, begin, image)
+    host.answer("docker image ls", f"{OLD}\t3 days ago\n")
+    host.answer("systemctl is-active", "active\n")
+    capsys.readouterr()
+    assert host.run("status") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert f"  dagster-code-sales: active, {OLD}, built 3 days ago" in said
+    assert f"  dagster-code: active, {OTHER}, built at a time unknown: the image is gone" in said
+    assert any(line.startswith("  sales: old at abc, deployed ") and line.endswith(" by me@here") for line in said)
+    assert sum(" deploy by me@here: ok, " in line for line in said) == 10

@@ -1,0 +1,157 @@
+"""Code servers take over from each other while they are asked, with gRPC and Dagster's own client as they are."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PACKAGES
+from data_platform_runtime import code_servers, ready
+
+MODULE = """
+import dagster as dg
+@dg.job
+def {name}(): ...
+defs = dg.Definitions(jobs=[{name}])
+"""
+
+
+@pytest.fixture
+def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a location's code servers, which is that of this container."""
+    monkeypatch.setenv("DATA_PLATFORM_SOCKETS", str(tmp_path))
+    return tmp_path
+
+
+def listen(path: Path) -> socket.socket:
+    """Listen at a socket."""
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    server.bind(str(path))
+    server.listen()
+    return server
+
+
+def test_the_server_that_is_ready_is_found_and_what_is_dead_goes(sockets: Path) -> None:
+    with listen(sockets / "old.sock"), listen(sockets / "new.sock"):
+        listen(sockets / "dead.sock").close()
+        for name in ("old", "new", "new"):
+            code_servers.take_over(sockets / f"{name}.sock")
+            assert os.readlink(sockets / "current.sock") == f"{name}.sock"
+        assert sorted(path.name for path in sockets.iterdir()) == ["current.sock", "new.sock", "old.sock"]
+
+
+def test_code_is_ready_once_its_own_server_answers(sockets: Path) -> None:
+    with pytest.raises(ready.NotReady, match="the code server does not answer"):
+        ready.code()
+    assert not (sockets / "current.sock").is_symlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/net/unix is Linux's")
+def test_a_server_drains_once_nobody_has_a_connection_to_it(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = code_servers.own_socket()
+    monkeypatch.setattr(code_servers, "runs", lambda path: False)
+    with listen(own) as server, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(str(own))
+        answering, _ = server.accept()
+        started = time.monotonic()
+        code_servers.drain(idle=0.2, patience=1.0, interval=0.01)
+        assert 1.0 <= time.monotonic() - started < 2.0
+        threading.Timer(0.5, answering.close).start()
+        started = time.monotonic()
+        code_servers.drain(idle=0.2, patience=10.0, interval=0.01)
+        assert 0.7 <= time.monotonic() - started < 2.0
+
+
+@pytest.fixture
+def servers(sockets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Two code servers of Dagster's, whose code has jobs of their names."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    processes = {}
+    for name in ("old", "new"):
+        (tmp_path / f"{name}_code.py").write_text(MODULE.format(name=name))
+        command = ["dagster", "api", "grpc", f"--socket={sockets / f'{name}.sock'}", "--location-name=sales"]
+        processes[name] = subprocess.Popen(
+            [*command, f"--working-directory={tmp_path}", f"--module-name={name}_code"],
+            env={**os.environ, "DAGSTER_CURRENT_IMAGE": f"data-platform/code-sales:{name}"},
+        )
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                ready.code()
+                break
+            except ready.NotReady:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+    code_servers.take_over(sockets / "old.sock")
+    yield processes
+    for process in processes.values():
+        process.terminate()
+        process.wait()
+
+
+def test_what_was_loaded_from_a_server_is_asked_of_it_until_it_is_gone(sockets: Path, servers: dict[str, Any]) -> None:
+    program = """
+import os, sys
+from data_platform_runtime import code_servers
+code_servers.stay()
+from dagster import DagsterInstance
+from dagster._core.remote_origin import GrpcServerCodeLocationOrigin
+origin = GrpcServerCodeLocationOrigin(host="localhost", socket=sys.argv[1], location_name="sales")
+with DagsterInstance.ephemeral() as instance:
+    def jobs(location):
+        return [job.name for job in location.get_repository("__repository__").get_all_jobs()]
+    def asked(location):
+        return location.client.get_server_id()
+    before = origin.create_location(instance)
+    first = asked(before)
+    code_servers.take_over(code_servers.Path(sys.argv[1]).with_name("new.sock"))
+    after = origin.create_location(instance)
+    assert (jobs(before), jobs(after)) == (["old"], ["new"]), (jobs(before), jobs(after))
+    assert asked(before) == first != asked(after)
+    os.unlink(os.path.join(os.path.dirname(sys.argv[1]), "old.sock"))
+    assert asked(before) == asked(after)
+    print(before.get_display_metadata()["image"], after.get_display_metadata()["image"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(sockets / "current.sock")],
+        env={**os.environ, "PYTHONPATH": str(PACKAGES)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["data-platform/code-sales:old", "data-platform/code-sales:new"], done.stderr
+
+
+def test_runs_that_live_in_a_server_are_asked_for(sockets: Path, servers: dict[str, Any]) -> None:
+    assert code_servers.runs(sockets / "old.sock") is False
+
+
+def test_the_ui_shows_what_was_deployed_and_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_servers, "DEPLOYMENTS", tmp_path)
+    assert code_servers.deployed("sales", "code-sales:1") == {}
+    record = {
+        "image": "code-sales:1",
+        "version": "1",
+        "revision": "",
+        "deployed": "2026-01-02 03:04:05 UTC",
+        "by": "me@here",
+    }
+    (tmp_path / "sales.json").write_text(json.dumps(record))
+    assert code_servers.deployed("sales", "code-sales:1") == {
+        "code version": "1",
+        "deployed": "2026-01-02 03:04:05 UTC",
+        "deployed by": "me@here",
+    }
+    assert code_servers.deployed("sales", "code-sales:2") == {}
+    (tmp_path / "sales.json").write_text("{")
+    assert code_servers.deployed("sales", "code-sales:1") == {}
