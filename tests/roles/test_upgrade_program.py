@@ -44,7 +44,10 @@ class Host:
         self.root, self.program = root, program
         self.units, self.config, self.programs = root / "units", root / "config", root / "programs"
         self.data, self.runtime = root / "data", root / "run"
-        for folder in (self.units, self.config / "runs", self.programs, self.data / "warehouse", self.runtime):
+        for folder in (
+            *(self.units, self.config / "runs", self.programs, self.runtime),
+            *(self.data / "warehouse", self.data / "deployments"),
+        ):
             folder.mkdir(parents=True)
         (self.config / "runs" / "runs.json").touch()
         (self.data / "warehouse" / "warehouse.duckdb").write_text("tables of old")
@@ -74,8 +77,10 @@ class Host:
             text = UNIT.format(name=name, image=f"data-platform/{name}:{version}", command=command)
             (self.units / f"{name}.service").write_text(text)
         (self.config / "dagster.yaml").write_text(f"version: {version}")
+        (self.data / "deployments" / "core.json").write_text(f"image {version}")
         (self.programs / "container-unit").write_text(f"version {version}")
         added = {
+            self.data / "deployments" / "new.json": "image 2",
             self.config / "new.yaml": "",
             self.units / "dagster-code-new.service": UNIT.format(name="x", image="new:2", command=""),
         }

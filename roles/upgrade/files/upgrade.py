@@ -308,6 +308,9 @@ def save(state: State, external: bool) -> None:
         run("cp", "--archive", *map(str, found), str(units_kept))
         for there in (CONFIG, PROGRAMS):
             run("cp", "--archive", str(there), str(path / there.relative_to("/")))
+        (path / "deployments").mkdir()
+        if served := [str(file) for file in DATA.glob("deployments/*.json")]:
+            run("cp", "--archive", *served, str(path / "deployments"))
     run("sync", "--file-system", str(state.home))
 
 
@@ -408,6 +411,10 @@ def bring_back_configuration(state: State) -> None:
     bring_back(state.before / CONFIG.relative_to("/"), CONFIG)
     for file in kept.iterdir():
         run("cp", "--archive", "--remove-destination", str(file), str(UNITS / file.name))
+    for file in DATA.glob("deployments/*.json"):  # which code is served; lock and log beside it stay
+        file.unlink()
+    for file in (state.before / "deployments").iterdir():
+        run("cp", "--archive", str(file), str(DATA / "deployments" / file.name))
     run("systemctl", "daemon-reload")
     run("systemctl", "try-restart", "data-platform-engine.service", check=False)
 
