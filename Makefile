@@ -12,7 +12,7 @@ LOCK := uv pip compile --quiet --universal --generate-hashes --no-header --no-em
 DEV := $(CURDIR)/.dev
 DEV_PORT ?= 3002
 
-.PHONY: help up deploy rollback status down shell dev test test-all in-turn meanwhile test-fast lint molecule molecule-default molecule-faults molecule-deploy molecule-units molecule-others test-vm lock venv
+.PHONY: help up deploy rollback status upgrade down shell dev test test-all in-turn meanwhile test-fast lint molecule molecule-default molecule-faults molecule-deploy molecule-units molecule-others test-vm lock venv
 
 help: ## This text
 	@echo "make <target>"; sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|'
@@ -32,6 +32,9 @@ rollback: venv ## The code that served before the last change of code, in second
 
 status: venv ## What runs there, and the last changes
 	@ansible-playbook playbooks/status.yml
+
+upgrade: venv ## New versions on that host, after a copy of its data; back by itself if they do not work
+	@ansible-playbook playbooks/upgrade.yml
 
 down: ## Remove that host and all it holds
 	@docker rm --force --volumes data-platform-lab >/dev/null && echo "Removed."

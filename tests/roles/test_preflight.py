@@ -270,6 +270,71 @@ def test_room_for_the_next_snapshots_is_measured(
     assert 0 < measured["free"] < 1 << 40
 
 
+def test_versions_are_those_that_the_data_belong_to(tmp_path: Path) -> None:
+    units, data = tmp_path / "units", tmp_path / "data"
+    kept = data / "upgrade/from" / units.relative_to("/")
+    for folder in (units, kept, data / "postgres/17", data / "postgres/17.new"):
+        folder.mkdir(parents=True)
+    assert (measure.versions(units, data), measure.postgres(data), measure.journal(data)) == ({}, [], {})
+    (data / "dagster").mkdir()
+    (data / "dagster/last-unit").write_text("Versions=dagster=0.5\n")
+    assert measure.versions(units, data) == {"dagster": "0.5"}
+    (units / "dagster-webserver.service").write_text("[X-Container]\nImage=x\n")
+    assert measure.versions(units, data) == {}
+    (units / "dagster-webserver.service").write_text("Image=x\nVersions=dagster=2.0 duckdb=1.5\n")
+    (kept / "dagster-webserver.service").write_text("Versions=dagster=1.0 duckdb=1.5\n")
+    (data / "postgres/17/PG_VERSION").write_text("17\n")
+    assert measure.versions(units, data) == {"dagster": "2.0", "duckdb": "1.5"}
+    assert measure.postgres(data) == ["17"]
+    journal = data / "upgrade/unfinished"
+    for step, dagster in {"draining": "2.0", "saving": "2.0", "saved": "1.0", "migrating": "1.0"}.items():
+        journal.write_text(f'{{"step": "{step}", "since": "then"}}')
+        assert measure.versions(units, data)["dagster"] == dagster
+        assert measure.journal(data)["since"] == "then"
+
+
+@pytest.mark.parametrize(
+    ("there", "upgrades", "installed", "sentences"),
+    [
+        ({}, False, True, []),
+        ({"dagster": "1.10.0", "duckdb": "1.5.5", "dbt-core": "1.0"}, False, True, []),
+        (
+            {"dagster": "1.9.0"},
+            False,
+            True,
+            ["belong to Dagster 1.9.0, and this project has 1.10.0: run playbooks/upgrade.yml"],
+        ),
+        ({"dagster": "1.9.0"}, True, True, []),
+        ({"dagster": "1.9.0"}, False, False, ["install the project as it was then first"]),
+        (
+            {"dagster": "1.11.0"},
+            True,
+            True,
+            ["were written by Dagster 1.11.0, and this project has the older 1.10.0, which"],
+        ),
+        (
+            {"dagster": "1.9.0", "duckdb": "2.0.0"},
+            False,
+            True,
+            ["belong to Dagster 1.9.0", "were written by DuckDB 2.0.0, and this project has the older 1.5.5"],
+        ),
+    ],
+)
+def test_other_versions_are_refused_unless_they_are_upgraded(
+    there: dict[str, str], upgrades: bool, installed: bool, sentences: list[str]
+) -> None:
+    own = {name: trust(value) for name, value in yaml.safe_load((ROLE / "vars/main.yml").read_text()).items()}
+    variables = {
+        **own,
+        "__preflight_measured": {"versions": there, "installed": installed},
+        "preflight_versions": {"dagster": "1.10.0", "duckdb": "1.5.5", "dbt-core": "1.11"},
+        "preflight_upgrades": upgrades,
+    }
+    said = Templar(DataLoader(), variables=variables).template(own["__preflight_other_versions"])
+    assert len(said) == len(sentences)
+    assert [sentence for sentence, line in zip(sentences, said, strict=True) if sentence not in line] == []
+
+
 def test_users_that_the_host_does_not_know_are_found() -> None:
     assert measure.unknown(["root", "nobody-of-this-name", "--help", "", "0"]) == [
         "nobody-of-this-name",

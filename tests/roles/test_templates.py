@@ -122,10 +122,18 @@ def inventory() -> dict[str, Any]:
     ]
     variables = {name: value for file in files for name, value in load(file).items()}
     connection = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+    lock = {"code_location_shared_lock": str(ROOT / "roles/images/files/dagster/requirements.txt")}
     return {
         "all": {
             "hosts": HOSTS,
-            "vars": {**load(ROOT / "roles/images/defaults/main.yml"), **variables, **FACTS, **wiring(), **connection},
+            "vars": {
+                **load(ROOT / "roles/images/defaults/main.yml"),
+                **variables,
+                **FACTS,
+                **wiring(),
+                **connection,
+                **lock,
+            },
         }
     }
 

@@ -28,6 +28,7 @@ ANSIBLES_OWN = {
     "ansible_check_mode",
     "ansible_facts",
     "ansible_failed_result",
+    "ansible_failed_task",
     "ansible_managed",
     "ansible_playbook_python",
     "ansible_version",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import socket
@@ -66,6 +67,15 @@ foreign_settings:
 unknown_users:
   description: Those of the given users that there are not.
   type: list
+versions:
+  description: Versions that the data belong to, by package; empty where that is not known.
+  type: dict
+postgres:
+  description: Major versions of PostgreSQL that there are data of.
+  type: list
+unfinished:
+  description: When an upgrade began that is not finished; empty if there is none.
+  type: str
 listen_error:
   description: Why the UI could not listen there, with the holder of the port where it can be known; empty if it could.
   type: str
@@ -77,6 +87,8 @@ SHARING = ("btrfs", "xfs")
 """File systems on which a copy shares its blocks with the file that it is of."""
 KEPT_FREE = 1024
 """MiB that a snapshot leaves free."""
+UNITS = Path("/etc/systemd/system")
+DATA = Path("/var/lib/data-platform")
 PACKAGES = ("docker.io", "containerd", "docker-ce", "containerd.io")
 
 
@@ -113,6 +125,30 @@ def snapshots(warehouse: Path, published: Path, kept: int) -> dict[str, int]:
     coming = 0 if shared else max(kept + 1 - len(list(published.glob("warehouse-*.duckdb"))), 1)
     need = coming * (warehouse.stat().st_size >> 20) + KEPT_FREE
     return {"need": need, "free": found.f_bavail * found.f_frsize >> 20}
+
+
+def versions(units: Path = UNITS, data: Path = DATA) -> dict[str, str]:
+    """Give the versions that the data belong to, by package, as the webserver's unit names them.
+
+    In an upgrade that is not finished the unit may be the new one; then the one that was kept counts. Of a platform
+    that was taken off, its last unit is beside the data. There are none if the unit is older than the line.
+    """
+    kept = journal(data).get("step") not in (None, "draining", "saving")
+    unit = (data / "upgrade" / "from" if kept else Path("/")) / str(units).lstrip("/") / "dagster-webserver.service"
+    unit = unit if unit.is_file() else data / "dagster" / "last-unit"
+    found = re.search(r"^Versions=(.+)$", unit.read_text() if unit.is_file() else "", re.MULTILINE)
+    return dict(word.split("=", 1) for word in found[1].split()) if found else {}
+
+
+def postgres(data: Path = DATA) -> list[str]:
+    """Give the major versions of PostgreSQL that there are data of, as the data themselves say."""
+    return sorted(file.read_text().strip() for file in data.glob("postgres/*/PG_VERSION"))
+
+
+def journal(data: Path = DATA) -> dict[str, str]:
+    """Give what an upgrade that is not finished wrote down of itself; nothing if there is none."""
+    file = data / "upgrade" / "unfinished"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def packages() -> list[str]:
@@ -190,6 +226,9 @@ def main() -> None:
         installed=Path("/etc/data-platform/dagster").exists(),
         packages=packages(),
         foreign_settings=SETTINGS.exists() and "data-platform.options=" not in SETTINGS.read_text(),
+        versions=versions(),
+        postgres=postgres(),
+        unfinished=journal().get("since", ""),
         unknown_users=unknown(module.params["users"]),
         listen_error=listen_error(module.params["bind"], module.params["port"]),
     )

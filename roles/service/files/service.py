@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import configparser
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -37,6 +38,8 @@ from pathlib import Path
 
 UNITS = Path("/etc/systemd/system")
 RUNTIME = Path("/run")
+UPGRADE = Path("/var/lib/data-platform/upgrade/unfinished")
+"""Journal of an upgrade that is not finished; /run/data-platform-upgrade names the units that it lets start."""
 JOURNAL = Path("/etc/systemd/journald.conf.d/data-platform.conf")
 SLICE = "dagster.slice"
 LABEL = "data-platform.made-of"
@@ -136,6 +139,7 @@ def prepare(unit: Unit) -> None:
     """
     state = show(unit.name, "NRestarts", "NeedDaemonReload")
     back_off(unit, again=state["NRestarts"] != "0")
+    refuse_while_upgrading(unit)
     image = image_id(unit)
     clear(unit)
     there = bridge(unit.network)
@@ -150,6 +154,21 @@ def prepare(unit: Unit) -> None:
         provide(path, unit.user)
     label(unit, "outdated-unit" if state["NeedDaemonReload"] == "yes" else unit.made_of(image))
     reloaded(unit)
+
+
+def refuse_while_upgrading(unit: Unit) -> None:
+    """Let no unit start on data that are between two versions, but those that the upgrade itself starts.
+
+    Raises:
+        Failure: An upgrade is not finished.
+    """
+    may_start = RUNTIME / "data-platform-upgrade"
+    if UPGRADE.exists() and unit.name not in (may_start.read_text().split() if may_start.exists() else []):
+        since = json.loads(UPGRADE.read_text())["since"]
+        raise Failure(
+            f"An upgrade that began at {since} is not finished, so {unit.name} does not start: "
+            "run playbooks/upgrade.yml again."
+        )
 
 
 def image_id(unit: Unit) -> str:
