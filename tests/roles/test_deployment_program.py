@@ -46,6 +46,7 @@ class Host:
             (self.tools / tool).chmod(0o755)
         self.answers: dict[str, tuple[int, str, str]] = {}
         self.add("dagster-webserver", "data-platform/dagster:shared")
+        self.add("dagster-daemon", "data-platform/dagster:shared")
         self.add("dagster-code-sales", OLD)
         self.add("dagster-code", OTHER)
         self.answer("docker image inspect", "data-platform/dagster:shared\n")
@@ -220,6 +221,12 @@ def test_a_location_that_is_new_to_the_host_is_not_deployed(host: Host, capsys: 
     assert host.run("begin", "deploy", *ME, "--known", "core", "sales") == 0
 
 
+def test_code_for_another_dagster_is_not_deployed(host: Host, capsys: pytest.CaptureFixture) -> None:
+    assert host.run("begin", "deploy", *ME, "--shared", "data-platform/dagster:newer") == 1
+    assert "is built on the image data-platform/dagster:newer, which the host does not run" in capsys.readouterr().err
+    assert host.run("begin", "deploy", *ME, "--shared", "data-platform/dagster:shared") == 0
+
+
 def test_a_process_of_another_controller_is_not_called_dead(host: Host, begin: Callable[..., str]) -> None:
     begin()
     assert host.run("begin", "deploy", "--by", "you", "--host", "there", "--process", "1.1", "--alive", "1.1") == 1
@@ -301,6 +308,8 @@ def test_status_says_what_runs(host: Host, begin: Callable[..., str], capsys: py
     assert host.run("status") == 0
     said = capsys.readouterr().out.splitlines()
     assert f"  dagster-code-sales: active, {OLD}, built 3 days ago" in said
+    for name in ("daemon", "webserver"):
+        assert any(line.startswith(f"  dagster-{name}: active, data-platform/dagster:shared, ") for line in said)
     assert f"  dagster-code: active, {OTHER}, built at a time unknown: the image is gone" in said
     assert any(line.startswith("  sales: old at abc, deployed ") and line.endswith(" by me@here") for line in said)
     assert sum(" deploy by me@here: ok, " in line for line in said) == 10

@@ -347,7 +347,8 @@ def test_an_edit_is_live_and_taken_back_within_seconds(
     back = seconds_until("smoke", ROLLBACK)
     print(told[told.rindex("TASKS RECAP") :])
     print(
-        f"From make deploy to the new definitions in GraphQL: {live:.1f} s; from make rollback to the old ones: {back:.1f} s."
+        f"From make deploy to the new definitions in GraphQL: {live:.1f} s; "
+        f"from make rollback to the old ones: {back:.1f} s."
     )
     assert live <= 12
     assert back <= 6

@@ -1,8 +1,10 @@
 #!/usr/bin/python3
 """Changes of this host's data platform, one at a time and on record: standard library only.
 
-    deployment begin WHAT --by WHO --host HOST --process PROCESS [--alive PROCESS…] [--known LOCATION…]
-                                     take the lock, and print its token; the host must have these locations already
+    deployment begin WHAT --by WHO --host HOST --process PROCESS [--alive PROCESS…] [--shared IMAGE]
+                     [--known LOCATION…]
+                                     take the lock, and print its token; the host must run this image of Dagster, and
+                                     have these locations already
     deployment record [--check] LOCATION=IMAGE=REVISION…
                                      write down the code that each location serves from now on
     deployment finish [--failed] TOKEN
@@ -27,7 +29,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,15 +102,15 @@ def write(file: Path, content: str) -> None:
     new.replace(file)
 
 
-def described() -> dict[str, Path]:
-    """The files of the units that run containers, by the image that they name."""
-    files = {}
+def described() -> dict[Path, str]:
+    """Images of the units that run containers, by the units' files."""
+    images = {}
     for file in sorted(UNITS.glob("dagster-*.service")):
         parser = configparser.ConfigParser(strict=False, interpolation=None, allow_no_value=True)
         parser.read_string(file.read_text())
         if parser.has_section("X-Container"):
-            files[parser["X-Container"]["Image"]] = file
-    return files
+            images[file] = parser["X-Container"]["Image"]
+    return images
 
 
 def location_of(image: str) -> str | None:
@@ -120,7 +122,7 @@ def location_of(image: str) -> str | None:
 def serving() -> dict[str, str]:
     """Image of each location's running container, by the location's name."""
     listed = run("docker", "container", "ls", "--format", "{{.Names}} {{.Image}}", check=False)
-    units = {file.stem for file in described().values()}
+    units = {file.stem for file in described()}
     images = [image for name, image in map(str.split, listed.splitlines()) if name in units]
     return {name: image for image in images if (name := location_of(image))}
 
@@ -156,7 +158,9 @@ def why_stale(lock: dict[str, Any], host: str, alive: list[str]) -> str:
     return ""
 
 
-def begin(what: str, by: str, host: str, process: str, alive: list[str], known: list[str] | None = None) -> str:
+def begin(
+    what: str, by: str, host: str, process: str, alive: list[str], shared: str = "", known: Iterable[str] = ()
+) -> str:
     """Take the lock; give its token.
 
     Args:
@@ -165,12 +169,19 @@ def begin(what: str, by: str, host: str, process: str, alive: list[str], known: 
         host: The controller.
         process: The controller's process that does it.
         alive: Processes of the controller that live.
+        shared: Image of Dagster that the host must run already; empty means any.
         known: Locations that the host must have already.
 
     Raises:
-        Failure: Somebody else has it, or the host lacks a location.
+        Failure: Somebody else has it, or the host lacks a location or runs another Dagster.
     """
-    if new := sorted(set(known or []) - {location_of(image) for image in described()}):
+    described_now = described()
+    if shared and described_now.get(UNITS / f"{WEBSERVER}.service") != shared:
+        raise Failure(
+            f"This tree's code is built on the image {shared}, which the host does not run: run playbooks/site.yml, or "
+            "playbooks/upgrade.yml for another version of Dagster. Nothing was changed."
+        )
+    if new := sorted(set(known) - {location_of(image) for image in described_now.values()}):
         raise Failure(
             f"The host does not have the code location {new[0]} yet: run playbooks/site.yml. Nothing was changed."
         )
@@ -331,10 +342,10 @@ def before_the_last() -> tuple[dict[str, str], str]:
     code = {item["to"]: item["from"] for item in last["code"].values() if item["from"]}
     if not code:
         raise Failure("There is no code to go back to: none was replaced on this host yet. Nothing was changed.")
-    files = described()
-    shared = next(image for image, file in files.items() if file.stem == WEBSERVER)
+    images = described()
+    shared = images.get(UNITS / f"{WEBSERVER}.service")
     for now_served, image in code.items():
-        if now_served not in files:
+        if now_served not in images.values():
             raise Failure(f"No service runs {now_served} any more, which was served last: run the playbook again.")
         label = run(
             "docker", "image", "inspect", "--format", f'{{{{index .Config.Labels "{SHARED}"}}}}', image, check=False
@@ -362,11 +373,11 @@ def swap(code: dict[str, str], since: str) -> None:
     Raises:
         Failure: They cannot be served; the units are as they were.
     """
-    files, kept = described(), {}
-    for image, wanted in code.items():
-        file = files[image]
-        kept[file] = file.read_text()
-        file.write_text(kept[file].replace(image, wanted))
+    kept = {file: file.read_text() for file, image in described().items() if image in code}
+    for file, content in kept.items():
+        for image, wanted in code.items():
+            content = content.replace(image, wanted)
+        file.write_text(content)
     record([f"{location_of(wanted)}={wanted}={revision(wanted)}" for wanted in code.values()], check=False)
     for image, wanted in code.items():
         file = STATE / f"{location_of(wanted)}.json"
@@ -400,7 +411,7 @@ def status() -> list[str]:
     listed = run("docker", "image", "ls", "--filter", "reference=data-platform/*", "--format", form)
     age = dict(line.split("\t") for line in listed.splitlines())
     written, lines = records(), ["Services:"]
-    for image, file in sorted(described().items(), key=lambda item: item[1].stem):
+    for file, image in described().items():
         state = run("systemctl", "is-active", file.stem, check=False).strip()
         lines.append(f"  {file.stem}: {state}, {image}, built {age.get(image, 'at a time unknown: the image is gone')}")
     lines.append("Code:")
@@ -434,6 +445,7 @@ def main(arguments: list[str]) -> int:
         for option in ("--by", "--host", "--process"):
             command.add_argument(option, required=True)
         command.add_argument("--alive", nargs="*", default=[])
+    beginning.add_argument("--shared", default="")
     beginning.add_argument("--known", nargs="*", default=[])
     recording = commands.add_parser("record")
     recording.add_argument("--check", action="store_true")
@@ -445,7 +457,17 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "begin":
-            print(begin(options.what, options.by, options.host, options.process, options.alive, options.known))
+            print(
+                begin(
+                    options.what,
+                    options.by,
+                    options.host,
+                    options.process,
+                    options.alive,
+                    options.shared,
+                    options.known,
+                )
+            )
         elif options.command == "record":
             for line in record(options.code, options.check):
                 print(line)
