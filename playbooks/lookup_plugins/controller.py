@@ -24,14 +24,14 @@ PROC = Path("/proc")
 
 
 def plays() -> Iterator[tuple[int, str]]:
-    """ID and identity, which no later process has too, of each process of Ansible."""
+    """ID and identity, which no later process has too, of each process of ansible-playbook."""
     for directory in PROC.glob("[0-9]*"):
         try:
-            command = (directory / "cmdline").read_bytes()
+            program = (directory / "cmdline").read_bytes().split(b"\0")[:2]
             started = (directory / "stat").read_text().rsplit(")", 1)[1].split()[19]
         except OSError:
             continue
-        if b"ansible" in command:
+        if any(word.rpartition(b"/")[2] == b"ansible-playbook" for word in program):
             yield int(directory.name), f"{directory.name}.{started}"
 
 

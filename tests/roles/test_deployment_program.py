@@ -213,6 +213,13 @@ def test_a_lock_that_counts_no_more_is_taken_over_and_on_record(
     assert [line["result"] for line in host.log()] == ([] if why == "empty" else [f"abandoned, {reason}"])
 
 
+def test_a_location_that_is_new_to_the_host_is_not_deployed(host: Host, capsys: pytest.CaptureFixture) -> None:
+    assert host.run("begin", "deploy", *ME, "--known", "core", "sales", "shop") == 1
+    assert "The host does not have the code location shop yet: run playbooks/site.yml." in capsys.readouterr().err
+    assert not (host.state / "lock").exists()
+    assert host.run("begin", "deploy", *ME, "--known", "core", "sales") == 0
+
+
 def test_a_process_of_another_controller_is_not_called_dead(host: Host, begin: Callable[..., str]) -> None:
     begin()
     assert host.run("begin", "deploy", "--by", "you", "--host", "there", "--process", "1.1", "--alive", "1.1") == 1

@@ -241,7 +241,8 @@ def test_role_has_its_files(role: str) -> None:
 
 
 def test_tasks_in_which_a_test_kills_the_play_are_there() -> None:
-    killed = re.findall(r'"(\w+) : ([^"]+)"', (ROOT / "molecule/default/tests/test_wiped.py").read_text())
+    tests = ("molecule/default/tests/test_wiped.py", "molecule/deploy/tests/test_deploy.py")
+    killed = [name for test in tests for name in re.findall(r'"(\w+) : ([^"]+)"', (ROOT / test).read_text())]
     assert len(killed) > 5
     for role, name in killed:
         files = (ROOT / "roles" / role / "tasks").glob("*.yml")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,11 @@ def test_a_server_drains_once_nobody_has_a_connection_to_it(sockets: Path, monke
         answering, _ = server.accept()
         started = time.monotonic()
         code_servers.drain(idle=0.2, patience=1.0, interval=0.01)
-        assert 1.0 <= time.monotonic() - started < 2.0
+        assert 1.0 <= time.monotonic() - started < 5.0
         threading.Timer(0.5, answering.close).start()
         started = time.monotonic()
         code_servers.drain(idle=0.2, patience=10.0, interval=0.01)
-        assert 0.7 <= time.monotonic() - started < 2.0
+        assert 0.7 <= time.monotonic() - started < 5.0
 
 
 @pytest.fixture
@@ -75,28 +76,27 @@ def servers(sockets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("DAGSTER_HOME", str(home))
-    processes = {}
-    for name in ("old", "new"):
-        (tmp_path / f"{name}_code.py").write_text(MODULE.format(name=name))
-        command = ["dagster", "api", "grpc", f"--socket={sockets / f'{name}.sock'}", "--location-name=sales"]
-        processes[name] = subprocess.Popen(
-            [*command, f"--working-directory={tmp_path}", f"--module-name={name}_code"],
-            env={**os.environ, "DAGSTER_CURRENT_IMAGE": f"data-platform/code-sales:{name}"},
-        )
-        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                ready.code()
-                break
-            except ready.NotReady:
+    processes: dict[str, Any] = {}
+    try:
+        for name in ("old", "new"):
+            (tmp_path / f"{name}_code.py").write_text(MODULE.format(name=name))
+            command = ["dagster", "api", "grpc", f"--socket={sockets / f'{name}.sock'}", "--location-name=sales"]
+            processes[name] = subprocess.Popen(
+                [*command, f"--working-directory={tmp_path}", f"--module-name={name}_code"],
+                env={**os.environ, "DAGSTER_CURRENT_IMAGE": f"data-platform/code-sales:{name}"},
+            )
+            monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+            deadline = time.monotonic() + 60
+            while not (sockets / "current.sock").exists() or os.readlink(sockets / "current.sock") != f"{name}.sock":
                 assert time.monotonic() < deadline
-                time.sleep(0.1)
-    code_servers.take_over(sockets / "old.sock")
-    yield processes
-    for process in processes.values():
-        process.terminate()
-        process.wait()
+                with suppress(ready.NotReady):
+                    ready.code()
+        code_servers.take_over(sockets / "old.sock")
+        yield processes
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.wait()
 
 
 def test_what_was_loaded_from_a_server_is_asked_of_it_until_it_is_gone(sockets: Path, servers: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -151,5 +152,47 @@ def play(inventory: str) -> Callable[..., int]:
         assert done.returncode == 0, done.stdout + done.stderr
         print(done.stdout)
         return sum(map(int, re.findall(r"changed=(\d+)", done.stdout)))
+
+    return run
+
+
+@pytest.fixture
+def kill(inventory: str, host: Any) -> Callable[..., None]:
+    """Start a play, and kill it some seconds into a task.
+
+    If the connection is ``lost``, what it runs on the host is killed as well; otherwise Ansible's worker, and what it
+    runs on the host, go on to the end of their task.
+    """
+
+    def run(
+        task: str,
+        seconds: float,
+        lost: bool,
+        *arguments: str,
+        playbook: str = "playbooks/site.yml",
+        on_the_host: str = "python3|apt-get|mmdebstrap|dpkg",
+    ) -> None:
+        process = subprocess.Popen(
+            ["ansible-playbook", f"--inventory={inventory}", playbook, *arguments],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout
+        output = ""
+        while f"TASK [{task}" not in (line := process.stdout.readline()):
+            output += line
+            assert line, f"The play ended before '{task}':\n{output}"
+        time.sleep(seconds)
+        assert process.poll() is None, f"The play ended before it was killed in '{task}'."
+        os.kill(process.pid, signal.SIGKILL)
+        if lost:
+            subprocess.run(["pkill", "-KILL", "-f", f"ansible-playbook --inventory={inventory}"], check=False)
+            host.run("pkill -KILL -f %s", on_the_host)
+        process.communicate()
 
     return run

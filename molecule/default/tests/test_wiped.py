@@ -1,14 +1,10 @@
 """Last of all: the platform is taken off, and comes back with its data, even if plays are killed on the way."""
 
-import os
-import signal
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import ROOT, SERVICES, WAREHOUSE, Platform, environment
+from conftest import SERVICES, WAREHOUSE, Platform
 
 STATE = """
 docker image ls --filter reference=data-platform/*:current --format '{{.Repository}}' | sort
@@ -39,37 +35,6 @@ KILLS = [
 otherwise Ansible's worker, and what it runs on the host, go on to the end of their task."""
 
 
-@pytest.fixture
-def kill(inventory: str, host: Any) -> Callable[..., None]:
-    """Start a play, and kill it some seconds into a task."""
-
-    def run(task: str, seconds: float, lost: bool, *arguments: str) -> None:
-        process = subprocess.Popen(
-            ["ansible-playbook", f"--inventory={inventory}", "playbooks/site.yml", *arguments],
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        assert process.stdout
-        output = ""
-        while f"TASK [{task}" not in (line := process.stdout.readline()):
-            output += line
-            assert line, f"The play ended before '{task}':\n{output}"
-        time.sleep(seconds)
-        assert process.poll() is None, f"The play ended before it was killed in '{task}'."
-        os.kill(process.pid, signal.SIGKILL)
-        if lost:
-            subprocess.run(["pkill", "-KILL", "-f", f"ansible-playbook --inventory={inventory}"], check=False)
-            host.run("pkill -KILL -f 'python3|apt-get|mmdebstrap|dpkg'")
-        process.communicate()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def state(host: Any) -> Iterator[Callable[[], str]]:
     """Describe the host."""
@@ -87,7 +52,7 @@ def test_change_killed_before_its_restart_reaches_the_services(
 ) -> None:
     changed = ["--extra-vars", '{"dagster_config": {"concurrency": {"runs": {"max_concurrent_runs": 7}}}}']
     running = containers(host)
-    kill("service : Install what the units need", 0.0, True, *changed)
+    kill("deployments : Write down the code that is served from now on", 0.0, True, *changed)
     assert play(*changed) > 0
     after = containers(host)
     assert {name for name in SERVICES if after[name] != running[name]} == set(SERVICES) - {"dagster-postgres"}

@@ -274,6 +274,27 @@ def snapshot() -> dict[str, str]:
     return {name: docker("exec", name, "bash", "-ec", EVERYTHING) for name in HOSTS}
 
 
+def test_blank_host_can_be_looked_at_and_stays_as_it_is() -> None:
+    before = docker("exec", NAME, "bash", "-ec", EVERYTHING)
+    done = subprocess.run(
+        ["ansible-playbook", f"--inventory={INVENTORY}", "playbooks/site.yml", "--check", "--diff"],
+        cwd=ROOT,
+        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(docker("exec", NAME, "bash", "-ec", EVERYTHING).splitlines()) ^ set(before.splitlines()) == set()
+    added = set(re.findall(r"^\+\+\+ after: (\S+)", done.stdout, re.MULTILINE))
+    assert added >= {
+        "/etc/docker/daemon.json",
+        "/etc/data-platform/dagster/dagster.yaml",
+        "/etc/systemd/system/dagster-postgres.service",
+        "/etc/systemd/system/dagster-code.service",
+    }
+
+
 @pytest.fixture(scope="module")
 def others() -> Iterator[None]:
     """The hosts beside Molecule's: its image, without systemd."""

@@ -1,8 +1,8 @@
 #!/usr/bin/python3
 """Changes of this host's data platform, one at a time and on record: standard library only.
 
-    deployment begin WHAT --by WHO --host HOST --process PROCESS [--alive PROCESS…]
-                                     take the lock, and print its token
+    deployment begin WHAT --by WHO --host HOST --process PROCESS [--alive PROCESS…] [--known LOCATION…]
+                                     take the lock, and print its token; the host must have these locations already
     deployment record [--check] LOCATION=IMAGE=REVISION…
                                      write down the code that each location serves from now on
     deployment finish [--failed] TOKEN
@@ -156,7 +156,7 @@ def why_stale(lock: dict[str, Any], host: str, alive: list[str]) -> str:
     return ""
 
 
-def begin(what: str, by: str, host: str, process: str, alive: list[str]) -> str:
+def begin(what: str, by: str, host: str, process: str, alive: list[str], known: list[str] | None = None) -> str:
     """Take the lock; give its token.
 
     Args:
@@ -165,10 +165,15 @@ def begin(what: str, by: str, host: str, process: str, alive: list[str]) -> str:
         host: The controller.
         process: The controller's process that does it.
         alive: Processes of the controller that live.
+        known: Locations that the host must have already.
 
     Raises:
-        Failure: Somebody else has it.
+        Failure: Somebody else has it, or the host lacks a location.
     """
+    if new := sorted(set(known or []) - {location_of(image) for image in described()}):
+        raise Failure(
+            f"The host does not have the code location {new[0]} yet: run playbooks/site.yml. Nothing was changed."
+        )
     file = STATE / "lock"
     with alone():
         lock = read(file)
@@ -429,6 +434,7 @@ def main(arguments: list[str]) -> int:
         for option in ("--by", "--host", "--process"):
             command.add_argument(option, required=True)
         command.add_argument("--alive", nargs="*", default=[])
+    beginning.add_argument("--known", nargs="*", default=[])
     recording = commands.add_parser("record")
     recording.add_argument("--check", action="store_true")
     recording.add_argument("code", nargs="*")
@@ -439,7 +445,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "begin":
-            print(begin(options.what, options.by, options.host, options.process, options.alive))
+            print(begin(options.what, options.by, options.host, options.process, options.alive, options.known))
         elif options.command == "record":
             for line in record(options.code, options.check):
                 print(line)
