@@ -47,7 +47,7 @@ def upgrade(inventory: str) -> Play:
     """Run a playbook of this project, or of its previous copy; give its exit status and output."""
 
     def run(*arguments: str, playbook: str = UPGRADE, project: Path = ROOT) -> tuple[int, str]:
-        variables = {**environment(), "ANSIBLE_ROLES_PATH": str(project / "roles")}
+        variables = {**environment(), "ANSIBLE_ROLES_PATH": str(project / "roles"), "ANSIBLE_FORCE_COLOR": "false"}
         command = ["ansible-playbook", f"--inventory={inventory}", playbook, *arguments]
         done = subprocess.run(command, cwd=project, env=variables, capture_output=True, text=True, check=False)
         return done.returncode, " ".join(re.sub("''", "'", done.stdout).split())
@@ -196,6 +196,7 @@ def test_what_does_not_fit_returns_to_what_was_before(
     assert (data(host, platform), described(host)) == (before, made)
 
 
+@pytest.mark.slow
 def test_run_that_takes_too_long_stops_the_upgrade_and_nothing_else(
     host: Any, platform: Platform, upgrade: Play
 ) -> None:
