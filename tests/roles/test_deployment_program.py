@@ -104,32 +104,32 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 def begin(host: Host, capsys: pytest.CaptureFixture) -> Callable[..., str]:
     """Take the lock; gives its token."""
 
-    def take(what: str = "deploy") -> str:
+    def take(what: str = "deploy", *code: str) -> str:
         capsys.readouterr()
-        assert host.run("begin", what, *ME) == 0
-        return capsys.readouterr().out.strip()
+        assert host.run("begin", what, *ME, "--code", *code) == 0
+        return capsys.readouterr().out.splitlines()[0]
 
     return take
 
 
 def deploy(host: Host, begin: Callable[..., str], image: str) -> None:
     """Deploy code of the location sales."""
-    token = begin()
-    assert host.run("record", f"sales={image}=abc", f"core={OTHER}=") == 0
+    token = begin("deploy", f"sales={image}=abc", f"core={OTHER}=")
     host.add("dagster-code-sales", image)
     host.serves(image)
     assert host.run("finish", token) == 0
 
 
 def test_a_deployment_is_on_record(host: Host, begin: Callable[..., str], capsys: pytest.CaptureFixture) -> None:
-    token = begin()
-    assert host.run("record", "--check", f"sales={NEW}=abc") == 0
+    code = ["--code", f"sales={NEW}=abc", f"core={OTHER}="]
+    assert host.run("begin", "deploy", "--check", *ME, *code) == 0
+    lines = ["sales: nothing -> new", "core: nothing -> one"]
+    assert capsys.readouterr().out.splitlines() == lines
     assert not (host.state / "sales.json").exists()
-    assert host.run("record", f"sales={NEW}=abc", f"core={OTHER}=") == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "sales: nothing -> new",
-        *("sales: nothing -> new", "core: nothing -> one"),
-    ]
+    assert not (host.state / "lock").exists()
+    assert host.run("begin", "deploy", *ME, *code) == 0
+    token, *said = capsys.readouterr().out.splitlines()
+    assert said == lines
     host.serves(NEW)
     assert host.run("finish", token) == 0
     assert "Served and shown now" in capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_a_deployment_is_on_record(host: Host, begin: Callable[..., str], capsys
     record = host.file("sales.json")
     assert (record["image"], record["version"], record["revision"], record["by"]) == (NEW, "new", "abc", "me@here")
     assert not (host.state / "lock").exists()
-    assert host.run("record", f"sales={NEW}=def") == 0
+    assert host.run("begin", "deploy", "--check", *ME, "--code", f"sales={NEW}=def") == 0
     assert capsys.readouterr().out == ""
     assert host.file("sales.json") == record
 
@@ -159,8 +159,7 @@ def test_a_play_that_changes_no_code_says_so(
 def test_what_failed_is_on_record_and_leaves_what_was_written_down(host: Host, begin: Callable[..., str]) -> None:
     deploy(host, begin, OLD)
     before = host.file("sales.json")
-    token = begin()
-    assert host.run("record", f"sales={NEW}=abc") == 0
+    token = begin("deploy", f"sales={NEW}=abc")
     assert host.run("finish", "--failed", token) == 0
     assert host.log()[-1]["result"] == "failed"
     assert host.file("sales.json") == before
@@ -196,7 +195,9 @@ def test_a_second_one_is_refused(host: Host, begin: Callable[..., str], capsys: 
 def test_a_lock_that_counts_no_more_is_taken_over_and_on_record(
     why: str, host: Host, begin: Callable[..., str], tmp_path: Path
 ) -> None:
-    begin()
+    deploy(host, begin, OLD)
+    written = host.file("sales.json")
+    begin("deploy", f"sales={NEW}=abc")
     lock = host.file("lock")
     reasons = {"booted": "the host has been booted since", "old": "it is older than 2 hours"}
     if why == "booted":
@@ -211,7 +212,8 @@ def test_a_lock_that_counts_no_more_is_taken_over_and_on_record(
         (host.state / "lock").write_text("")
     begin()
     reason = reasons.get(why, "the play that took it is dead")
-    assert [line["result"] for line in host.log()] == ([] if why == "empty" else [f"abandoned, {reason}"])
+    assert [line["result"] for line in host.log()[1:]] == ([] if why == "empty" else [f"abandoned, {reason}"])
+    assert why == "empty" or host.file("sales.json") == written
 
 
 def test_a_location_that_is_new_to_the_host_is_not_deployed(host: Host, capsys: pytest.CaptureFixture) -> None:
@@ -254,7 +256,7 @@ def test_rollback_puts_back_what_was_served_before(
         f"docker image tag {OLD} data-platform/code-sales:current",
     ]
     assert host.log()[-1]["code"]["sales"]["to"] == OLD
-    assert host.run("record", f"sales={NEW}=abc") == 0
+    assert host.run("begin", "deploy", "--check", *ME, "--code", f"sales={NEW}=abc") == 0
     assert "sales: old -> new, although it was rolled back from new at " in capsys.readouterr().out
 
 

@@ -129,7 +129,13 @@ class Machine:
 
     def changes(self) -> list[str]:
         """Give the calls that change something."""
-        looks = ("docker container inspect", "docker image inspect", "docker network inspect", "docker exec")
+        looks = (
+            "docker container inspect",
+            "docker container ls",
+            "docker image inspect",
+            "docker network inspect",
+            "docker exec",
+        )
         asks = ("docker version", "systemctl is-", "systemctl show", "journalctl")
         return [call for call in self.calls("") if not call.startswith((*looks, *asks))]
 
@@ -734,14 +740,14 @@ def test_a_new_container_takes_over_once_it_is_ready(
     assert seamless.program.main(["replace", "dagster-a"]) == 0
     start, retire = spawned
     assert start[1:] == [
-        *("run", "--env", "NAME=a: b = c $HOME 5%", "--name", "dagster-a.new"),
+        *("run", "--env", "NAME=a: b = c $HOME 5%", "--name", "dagster-a.next"),
         *("--label-file", "/run/dagster-a/labels", "--publish", "127.0.0.1:1:1", "some/image:1", "serve"),
     ]
-    assert seamless.calls("docker exec") == ["docker exec dagster-a.new ask --me this"]
+    assert seamless.calls("docker exec") == ["docker exec dagster-a.next ask --me this"]
     assert systemd.told() == [f"MAINPID={os.getpid()}"]
     assert seamless.calls("docker rename") == [
         "docker rename dagster-a dagster-a.0123456789ab",
-        "docker rename dagster-a.new dagster-a",
+        "docker rename dagster-a.next dagster-a",
     ]
     assert retire[2:] == ["retire", "dagster-a", "dagster-a.0123456789ab"]
     assert (seamless.runtime / "dagster-a" / "labels").read_text() == f"data-platform.made-of={seamless.made_of()}\n"
@@ -757,7 +763,7 @@ def test_the_old_container_stays_when_the_new_one_ends(
     assert seamless.program.main(["replace", "dagster-a"]) == 1
     assert "dagster-a ended before it was ready" in capsys.readouterr().err
     assert systemd.told() == seamless.calls("docker rename") == []
-    assert seamless.changes()[-1] == "docker rm --force --volumes dagster-a.new"
+    assert seamless.changes()[-1] == "docker rm --force --volumes dagster-a.next"
 
 
 def test_nothing_is_replaced_where_nothing_serves(machine: Machine, capsys: pytest.CaptureFixture) -> None:
@@ -788,32 +794,66 @@ def test_a_container_that_was_replaced_ends_once_nobody_asks_it(seamless: Machin
 
 
 def test_a_start_removes_what_a_replacement_left(seamless: Machine) -> None:
-    seamless.answer("docker container ls", "dagster-a.new\ndagster-ab\ndagster-a.0123456789ab\ndagster-b\n")
+    seamless.answer("docker container ls", "dagster-a.next\ndagster-ab\ndagster-a.0123456789ab\ndagster-b\n")
     for command in ("prepare", "clear"):
         assert seamless.program.main([command, "dagster-a"]) == 0
     assert (
         seamless.calls("docker rm")
-        == ["docker rm --force --volumes dagster-a dagster-a.new dagster-a.0123456789ab"] * 2
+        == ["docker rm --force --volumes dagster-a dagster-a.next dagster-a.0123456789ab"] * 2
     )
 
 
-def test_rehearsal_is_run_in_a_container_like_the_unit_s(
+RUN = "--env NAME=a: b = c $HOME 5% --name dagster-a.next --label-file /run/dagster-a/labels --publish 127.0.0.1:1:1"
+
+
+def test_rehearsal_is_run_in_the_container_that_is_to_replace_the_unit_s(
     seamless: Machine, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     candidate = tmp_path / "candidate"
     candidate.write_text((seamless.units / "dagster-a.service").read_text().replace("some/image:1", "some/image:2"))
-    seamless.answer("docker run", "look at this\n")
+    seamless.answer("docker image inspect", '["some/image:2"] sha256:aaa\n')
+    seamless.answer("docker exec", "look at this\n")
     assert seamless.program.main(["rehearse", str(candidate)]) == 0
-    assert seamless.calls("docker run") == [
-        "docker run --rm --name dagster-a.rehearsal --env NAME=a: b = c $HOME 5% some/image:2 rehearse --it"
+    assert seamless.calls("docker r", "docker exec") == [
+        "docker rm --force --volumes dagster-a.next",
+        f"docker run --detach {RUN} some/image:2 serve",
+        "docker exec dagster-a.next rehearse --it",
     ]
     assert capsys.readouterr().out == "look at this\n"
 
 
-def test_rehearsal_that_fails_says_why(seamless: Machine, capsys: pytest.CaptureFixture) -> None:
-    seamless.answer("docker run", code=1, err="Traceback\nNameError: x\n")
+def test_container_that_was_rehearsed_takes_over(
+    seamless: Machine, systemd: Systemd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawned = []
+    monkeypatch.setattr(seamless.program, "spawn", lambda command: spawned.append(command) or os.getpid())
+    inspect = (
+        "docker container inspect --format " + '{{.State.Running}} {{index .Config.Labels "data-platform.made-of"}}'
+    )
+    seamless.answer(f"{inspect} dagster-a.next", f"true {seamless.made_of()}\n")
+    assert seamless.program.main(["replace", "dagster-a"]) == 0
+    assert spawned[0][1:] == ["attach", "--no-stdin", "dagster-a.next"]
+    assert seamless.calls("docker rm") == []
+    seamless.answer(f"{inspect} dagster-a.next", "true of-something-else\n")
+    assert seamless.program.main(["replace", "dagster-a"]) == 0
+    assert spawned[2][1] == "run"
+    assert seamless.calls("docker rm") == ["docker rm --force --volumes dagster-a.next"]
+
+
+def test_rehearsal_that_fails_says_why_and_leaves_nothing(seamless: Machine, capsys: pytest.CaptureFixture) -> None:
+    seamless.answer("docker exec", code=1, err="Traceback\nNameError: x\n")
     assert seamless.program.main(["rehearse", str(seamless.units / "dagster-a.service")]) == 1
     assert capsys.readouterr().err == "Traceback\nNameError: x\n"
+    assert seamless.changes()[-1] == "docker rm --force --volumes dagster-a.next"
+
+
+def test_container_that_was_rehearsed_and_never_took_over_goes(machine: Machine, capsys: pytest.CaptureFixture) -> None:
+    machine.add("dagster-a", machine.workspace, more=SEAMLESS)
+    machine.containers({name: ("true", machine.made_of(name)) for name in NAMES})
+    machine.answer("docker container ls", "dagster-a\ndagster-a.next\ndagster-b.next\n")
+    assert machine.converge() == 0
+    assert machine.changes() == ["docker rm --force --volumes dagster-a.next"]
+    assert capsys.readouterr().out == "removed dagster-a.next\n"
 
 
 @pytest.mark.parametrize("unit", ["dagster-a", "dagster-b"])

@@ -63,7 +63,7 @@ WRITING_OPTIONS = {
 PROGRAM = "/usr/local/lib/data-platform/container-unit"
 LOOKS_ONLY_IN_CHECK_MODE = (
     f"{PROGRAM} converge {{{{ '--check ' if ansible_check_mode else '' }}}}",
-    "{{ ['/usr/local/lib/data-platform/deployment', 'record'] + (['--check'] if ansible_check_mode else [])",
+    "{{ ['/usr/local/lib/data-platform/deployment', 'begin', deployments_what] + (['--check'] if ansible_check_mode",
     f"{PROGRAM} remove{{{{ ' --check' if ansible_check_mode else '' }}}}",
     "/usr/local/lib/data-platform/retention.py{{ ' --check' if ansible_check_mode else '' }}",
 )

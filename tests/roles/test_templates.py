@@ -329,20 +329,15 @@ def test_description_of_a_location_reaches_its_unit(rendered: Path) -> None:
     unit = rendered / "overridden" / "dagster-code-sales.service"
     command = words(unit, "ExecStart")
     target = (
+        "--secrets=/etc/data-platform/secrets/code/sales.json",
         "--location-name=sales",
         "--working-directory=/opt/data-platform/code/src",
         "--module-name=sales.definitions",
     )
     assert command[command.index("data-platform/code-sales:0123456789ab") + 1 :] == [
-        *("python", "-m", "data_platform_runtime.with_database"),
-        *("python", "-m", "data_platform_runtime.with_secrets", "/etc/data-platform/secrets/code/sales.json"),
-        *("sh", "-c", 'exec dagster api grpc --socket="$DATA_PLATFORM_SOCKETS/$HOSTNAME.sock" "$@"', "sh", *target),
+        *("python", "-m", "data_platform_runtime.code_servers", "serve", *target),
     ]
-    assert words(unit, "Rehearsal") == [
-        *("python", "-m", "data_platform_runtime.with_database"),
-        *("python", "-m", "data_platform_runtime.with_secrets", "/etc/data-platform/secrets/code/sales.json"),
-        *("python", "-m", "data_platform_runtime.rehearsal", *target),
-    ]
+    assert words(unit, "Rehearsal") == ["python", "-m", "data_platform_runtime.rehearsal", *target]
     assert environment_of(unit)["DATA_PLATFORM_SOCKETS"] == "/run/data-platform-code/sales"
     limits = {option: values(unit, option) for option in ("--memory", "--memory-swap", "--cpus", "--pids-limit")}
     assert limits == {"--memory": ["2g"], "--memory-swap": ["2g"], "--cpus": ["1.5"], "--pids-limit": ["512"]}
@@ -354,7 +349,7 @@ def test_location_that_asks_for_little_gets_nothing_more(rendered: Path) -> None
     unit = rendered / "overridden" / "dagster-code.service"
     assert environment_of(unit)["HOME"] == "/elsewhere"
     assert environment_of(unit.with_stem("dagster-code-sales"))["HOME"] == "/tmp"
-    assert re.findall("with_secrets|/secrets/code|--cpus|type=volume", unit.read_text()) == []
+    assert re.findall("--secrets|/secrets/code|--cpus|type=volume", unit.read_text()) == []
 
 
 def test_database_is_reached_where_it_is(rendered: Path) -> None:

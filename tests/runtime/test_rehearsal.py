@@ -24,8 +24,10 @@ defs = dg.Definitions(assets=[asset], jobs=[job], sensors=[here])
 @pytest.fixture
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A location's code, and an instance."""
-    from data_platform_runtime import rehearsal
+    from data_platform_runtime import rehearsal, with_database
 
+    monkeypatch.setenv("DATA_PLATFORM_METADATA", "postgresql:///")
+    monkeypatch.setattr(with_database, "wait", lambda address: None)
     home = tmp_path / "home"
     home.mkdir()
     (tmp_path / "code").mkdir()

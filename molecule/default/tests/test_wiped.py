@@ -52,7 +52,7 @@ def test_change_killed_before_its_restart_reaches_the_services(
 ) -> None:
     changed = ["--extra-vars", '{"dagster_config": {"concurrency": {"runs": {"max_concurrent_runs": 7}}}}']
     running = containers(host)
-    kill("deployments : Write down the code that is served from now on", 0.0, True, *changed)
+    kill("service : Remove services that are no longer described", 0.0, True, *changed)
     assert play(*changed) > 0
     after = containers(host)
     assert {name for name in SERVICES if after[name] != running[name]} == set(SERVICES) - {"dagster-postgres"}

@@ -25,14 +25,13 @@ KILLS = [
     *(
         pytest.param(task, 0.0, lost, marks=pytest.mark.slow, id=f"{task}, {lost}")
         for task in (
-            "deployments : Take the lock",
+            "deployments : Take the lock, and write down the code that is to be served",
             "images : Pack what goes into the images",
             "images : Bring it to the host",
             "images : Build the last",
             "images : Remove the directory that images are built in",
             "code_location : Bring their secrets",
             "service : Describe the unit",
-            "deployments : Write down the code that is served from now on",
             "service : Remove services that are no longer described",
             "retention : Remove old images",
             "deployments : Wait until the UI shows it",
@@ -302,7 +301,7 @@ def test_image_that_was_removed_by_hand_is_built_again(host: Any, platform: Plat
 def test_one_at_a_time_and_a_dead_play_is_told_from_one_that_lives(
     host: Any, tree: Tree, play: Callable[..., int], log: Callable[[], list[dict[str, Any]]]
 ) -> None:
-    host.check_output(f"{DEPLOYMENT} begin upgrade --by somebody@elsewhere --host elsewhere --process 1.1 --alive 1.1")
+    host.check_output(f"{DEPLOYMENT} begin upgrade --by somebody@elsewhere --host elsewhere --process 1")
     before = running(host)
     refused = r"(?s)A change of this platform .upgrade. is in progress\s+since.*UTC,\s+by\s+somebody@elsewhere"
     for playbook in (DEPLOY, ROLLBACK):

@@ -1,12 +1,11 @@
 #!/usr/bin/python3
 """Changes of this host's data platform, one at a time and on record: standard library only.
 
-    deployment begin WHAT --by WHO --host HOST --process PROCESS [--alive PROCESS…] [--shared IMAGE]
-                     [--known LOCATION…]
+    deployment begin WHAT [--check] --by WHO --host HOST --process PROCESS [--alive PROCESS…] [--shared IMAGE]
+                     [--known LOCATION…] [--code LOCATION=IMAGE=REVISION…]
                                      take the lock, and print its token; the host must run this image of Dagster, and
-                                     have these locations already
-    deployment record [--check] LOCATION=IMAGE=REVISION…
-                                     write down the code that each location serves from now on
+                                     have these locations already; write down the code that each location is to serve,
+                                     and print a line for each whose code is another one
     deployment finish [--failed] TOKEN
                                      once the UI shows what was shipped: a line in the log, and the lock is free
     deployment rollback --by WHO --host HOST --process PROCESS [--alive PROCESS…]
@@ -191,6 +190,7 @@ def begin(
         why = why_stale(lock, host, alive)
         if lock and why:
             log(lock, f"abandoned, {why}", changes(lock))
+            restore(lock)
         elif lock:
             raise Failure(
                 f"A change of this platform ({lock['what']}) is in progress since {lock['since']}, by {lock['by']}: "
@@ -240,6 +240,14 @@ def changes(lock: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def restore(lock: dict[str, Any]) -> None:
+    """Write down again what was when the lock was taken, of the locations that do not serve what was written since."""
+    served = serving()
+    for name, content in lock["records"].items():
+        if read(STATE / f"{name}.json").get("image") != served.get(name):
+            write(STATE / f"{name}.json", json.dumps(content))
+
+
 def finish(token: str, failed: bool) -> str:
     """Free the lock, and write a line into the log if code changed, or something was asked for that failed.
 
@@ -256,10 +264,8 @@ def finish(token: str, failed: bool) -> str:
     lock = read(STATE / "lock")
     if lock.get("token") != token:
         return ""
-    changed, served = changes(lock), serving()
-    for name, content in lock["records"].items():
-        if read(STATE / f"{name}.json").get("image") != served.get(name):
-            write(STATE / f"{name}.json", json.dumps(content))
+    changed = changes(lock)
+    restore(lock)
     result = "failed" if failed else "ok"
     try:
         if changed and not failed:
@@ -447,9 +453,8 @@ def main(arguments: list[str]) -> int:
         command.add_argument("--alive", nargs="*", default=[])
     beginning.add_argument("--shared", default="")
     beginning.add_argument("--known", nargs="*", default=[])
-    recording = commands.add_parser("record")
-    recording.add_argument("--check", action="store_true")
-    recording.add_argument("code", nargs="*")
+    beginning.add_argument("--check", action="store_true")
+    beginning.add_argument("--code", nargs="*", default=[])
     finishing = commands.add_parser("finish")
     finishing.add_argument("--failed", action="store_true")
     finishing.add_argument("token")
@@ -457,18 +462,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "begin":
-            print(
-                begin(
-                    options.what,
-                    options.by,
-                    options.host,
-                    options.process,
-                    options.alive,
-                    options.shared,
-                    options.known,
-                )
-            )
-        elif options.command == "record":
+            if not options.check:
+                who = (options.by, options.host, options.process, options.alive)
+                print(begin(options.what, *who, options.shared, options.known))
             for line in record(options.code, options.check):
                 print(line)
         elif options.command == "finish":

@@ -47,7 +47,7 @@ options:
 
 RETURN = """
 memory:
-  description: MiB of memory in all.
+  description: MiB of memory in all; the fact C(memtotal_mb) too, for plays that gather no more than this.
   type: int
 disk:
   description: The directory for data or images with the least free space, C(path), and its MiB, C(free).
@@ -216,9 +216,11 @@ def main() -> None:
         "users": {"type": "list", "elements": "str", "default": []},
     }
     module = AnsibleModule(options, supports_check_mode=True)
+    found = memory()
     module.exit_json(
         changed=False,
-        memory=memory(),
+        ansible_facts={"ansible_memtotal_mb": found},
+        memory=found,
         disk=disk(),
         snapshots=snapshots(
             *(Path(module.params[name]) for name in ("warehouse", "published")), module.params["snapshots"]

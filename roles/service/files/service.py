@@ -8,8 +8,8 @@
     container-unit retire UNIT NAME      let the container NAME, which was replaced, finish what it was asked, and end
     container-unit clear UNIT            remove the unit's containers
     container-unit reloaded UNIT         write down that the container has read its configuration again
-    container-unit rehearse FILE         if the unit that FILE describes is running: run the rehearsal that FILE names
-                                         in a container which is what the unit's would be
+    container-unit rehearse FILE         if the unit that FILE describes is running: start the container that is to
+                                         replace its own, and run the rehearsal that FILE names in it
     container-unit converge [--check] [--only] UNIT…
                                          bring the host to exactly these units, each with a container that is made of
                                          what the host now holds; with --only, leave all others as they are
@@ -77,7 +77,8 @@ class Unit:
         self.file = file
         parser = configparser.ConfigParser(strict=False, interpolation=None, allow_no_value=True)
         try:
-            parser.read_string(file.read_text())
+            self.text = file.read_text()
+            parser.read_string(self.text)
             container = parser["X-Container"]
             self.start = words(parser["Service"]["ExecStart"])
             self.stop = words(parser["Service"].get("ExecStop", ""))
@@ -100,7 +101,7 @@ class Unit:
         Args:
             image_id: The image's ID, or an empty string where there is none.
         """
-        return digest(image_id, self.file, *self.config)
+        return digest(f"{image_id}\n{self.text}", *self.config)
 
     @property
     def reloaded(self) -> Path:
@@ -285,12 +286,13 @@ def replace(unit: Unit) -> None:
     old = run("docker", "container", "inspect", "--format", "{{.Id}}", unit.name, check=False).stdout.strip()
     if not old:
         raise Failure(f"{unit.name} has no container that could be replaced: run 'systemctl restart {unit.name}'.")
-    image, new, retired = image_id(unit), f"{unit.name}.new", f"{unit.name}.{old[:12]}"
-    for path in unit.data:
-        provide(path, unit.user)
-    run("docker", "rm", "--force", "--volumes", new, check=False)
-    label(unit, unit.made_of(image))
-    main = spawn([new if word == unit.name else word for word in unit.start])
+    made_of, new, retired = unit.made_of(image_id(unit)), next_of(unit), f"{unit.name}.{old[:12]}"
+    form = '{{.State.Running}} {{index .Config.Labels "' + LABEL + '"}}'
+    if run("docker", "container", "inspect", "--format", form, new, check=False).stdout.strip() == f"true {made_of}":
+        main = spawn([*unit.start[: unit.start.index("run")], "attach", "--no-stdin", new])
+    else:
+        make_way(unit, made_of)
+        main = spawn([new if word == unit.name else word for word in unit.start])
     try:
         ready(unit, new, main)
     except Failure:
@@ -300,6 +302,19 @@ def replace(unit: Unit) -> None:
     run("docker", "rename", unit.name, retired)
     run("docker", "rename", new, unit.name)
     spawn([sys.executable, os.path.abspath(__file__), "retire", unit.name, retired])
+
+
+def next_of(unit: Unit) -> str:
+    """Name of the container that is to replace the unit's."""
+    return f"{unit.name}.next"
+
+
+def make_way(unit: Unit, made_of: str) -> None:
+    """Provide what a container beside the unit's needs, and remove one that was to replace it and did not."""
+    for path in unit.data:
+        provide(path, unit.user)
+    run("docker", "rm", "--force", "--volumes", next_of(unit), check=False)
+    label(unit, made_of)
 
 
 def spawn(command: list[str]) -> int:
@@ -337,9 +352,10 @@ def retire(unit: Unit, name: str) -> None:
 
 
 def rehearse(unit: Unit) -> str:
-    """Run the unit's rehearsal in a container of its own, which is what the unit's would be; give what it says.
+    """Start the container that is to replace the unit's, and run the unit's rehearsal in it; give what that says.
 
-    A unit that is not running has nothing to lose: its start will tell.
+    The container stays, to be what the unit is replaced by. A unit that is not running has nothing to lose: its start
+    will tell.
 
     Raises:
         Failure: The rehearsal failed.
@@ -347,15 +363,13 @@ def rehearse(unit: Unit) -> str:
     state = run("docker", "container", "inspect", "--format", "{{.State.Running}}", unit.name, check=False).stdout
     if not unit.rehearsal or state.strip() != "true":
         return ""
-    for path in unit.data:
-        provide(path, unit.user)
-    name = f"{unit.name}.rehearsal"
-    given = unit.start[unit.start.index("run") + 1 : unit.start.index(unit.image) + 1]
-    own = [at for at, word in enumerate(given) if word in ("--name", "--label-file", "--publish")]
-    options = [word for at, word in enumerate(given) if at not in own and at - 1 not in own]
-    run("docker", "rm", "--force", "--volumes", name, check=False)
-    done = run("docker", "run", "--rm", "--name", name, *options, *unit.rehearsal, check=False)
+    new = next_of(unit)
+    make_way(unit, unit.made_of(image_id(unit)))
+    given = [new if word == unit.name else word for word in unit.start[unit.start.index("run") + 1 :]]
+    run("docker", "run", "--detach", *given)
+    done = run("docker", "exec", new, *unit.rehearsal, check=False)
     if done.returncode:
+        run("docker", "rm", "--force", "--volumes", new, check=False)
         raise Failure(done.stderr.strip() or done.stdout.strip())
     return done.stdout
 
@@ -440,7 +454,17 @@ def converge(wanted: list[str], check: bool, only: bool = False) -> list[str]:
         *(["reloaded dagster.slice"] if unread else []),
         *(["restarted systemd-journald"] if outgrown else []),
         *remove(unwanted, [], check),
+        *([] if check else forget([unit for unit in units if unit.drain])),
     ]
+
+
+def forget(units: list[Unit]) -> list[str]:
+    """Remove containers that were to replace the units' and did not; give a line for each."""
+    names = run("docker", "container", "ls", "--format", "{{.Names}}", check=False).stdout.split() if units else []
+    left = sorted(set(names) & {next_of(unit) for unit in units})
+    if left:
+        run("docker", "rm", "--force", "--volumes", *left, check=False)
+    return [f"removed {name}" for name in left]
 
 
 def last_lines(units: list[str]) -> str:

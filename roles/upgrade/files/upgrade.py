@@ -509,7 +509,7 @@ def check(journal: dict[str, object], names: list[str], clock: Clock) -> None:
         words = container(name)[1]
         if f"--location-name={tried}" in words:
             given = [word for word in words if word.startswith(("--module-name=", "--working-directory="))]
-            secrets = [word for word in words if word.startswith(str(CONFIG / "secrets"))]
+            secrets = [word.removeprefix("--secrets=") for word in words if word.startswith("--secrets=")]
             prefix = ["python", "-m", "data_platform_runtime.with_secrets", *secrets] if secrets else []
             try:
                 once(name, *prefix, "dagster", "job", "execute", "--job=smoke", *given)

@@ -5,12 +5,15 @@ The link ``current.sock`` is replaced once the next one is ready. What webserver
 they ask of that same server, until it is gone: a run that is launched between the switch and the moment when they have
 loaded the new definitions is planned by the code that its image holds.
 
-Run as ``python -m data_platform_runtime.code_servers drain`` in the container of a code server that was replaced: ends
-once nobody has asked it anything for a while.
+Run as ``python -m data_platform_runtime.code_servers serve [--secrets=FILE] ARGUMENT…`` instead of
+``dagster api grpc``, and as ``python -m data_platform_runtime.code_servers drain`` in the container of a code server
+that was replaced: ends once nobody has asked it anything for a while.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import os
 import socket
@@ -20,6 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_platform_runtime import with_database, with_secrets
+
 LINK = "current.sock"
 """Name of the link by which the code server of a location is found."""
 
@@ -28,6 +33,15 @@ IDLE = 5.0
 
 PATIENCE = 90.0
 """Seconds after which it ends in any case: Dagster lets the evaluation of a sensor or schedule take 60."""
+
+ASK_INTERVAL = 1.0
+"""Seconds between two questions which server there is, as Dagster has them by itself."""
+
+LOOK_INTERVAL = 0.1
+"""Seconds between two looks at the link."""
+
+REQUEST_TIMEOUT = 2
+"""Seconds that such a question may take, as Dagster has them by itself."""
 
 CONNECTED = "03"
 """State of a connection in /proc/net/unix."""
@@ -39,6 +53,40 @@ DEPLOYMENTS = Path("/var/lib/data-platform/deployments")
 def own_socket() -> Path:
     """Where the code server of this container listens."""
     return Path(os.environ["DATA_PLATFORM_SOCKETS"], f"{socket.gethostname()}.sock")
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """Have secrets in the environment, wait for the database, and collect garbage less often than code is imported.
+
+    Args:
+        arguments: Arguments of ``dagster api grpc``, and ``--secrets=FILE`` before them if the location has any.
+
+    Returns:
+        The arguments of ``dagster api grpc``.
+
+    Raises:
+        SystemExit: The secrets cannot be read, or the database does not let us in; with one sentence.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--secrets", type=Path)
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if options.secrets:
+            os.environ.update(with_secrets.read(options.secrets))
+        with_database.wait(os.environ["DATA_PLATFORM_METADATA"])
+    except (OSError, ValueError) as error:
+        sys.exit(with_secrets.refusal(options.secrets, error))
+    except with_database.NoDatabase as error:
+        sys.exit(f"Error: {error}")
+    gc.set_threshold(50_000, 20, 20)
+    return rest
+
+
+def serve(arguments: list[str]) -> None:
+    """Be a code server: ``dagster api grpc`` with these arguments."""
+    from dagster._cli import cli
+
+    cli(["api", "grpc", f"--socket={own_socket()}", *arguments], obj={})
 
 
 def take_over(own: Path) -> None:
@@ -126,7 +174,9 @@ def deployed(location: str, image: str | None) -> dict[str, str]:
 
 def stay() -> None:
     """Have this process ask each code server what it has loaded from it, even after another one has taken over."""
+    from dagster._core import remote_origin
     from dagster._core.remote_representation import code_location
+    from dagster._grpc import server_watcher
     from dagster._grpc.client import DagsterGrpcClient
 
     class Client(DagsterGrpcClient):
@@ -144,6 +194,22 @@ def stay() -> None:
         @_server_address.setter
         def _server_address(self, address: str) -> None:
             """Dagster sets it once, to the link."""
+
+    class Watcher(DagsterGrpcClient):
+        """A client that asks which server there is when the link leads elsewhere, and otherwise once a second."""
+
+        def __init__(self, link: str) -> None:
+            """Take note of the link."""
+            self.link, self.known, self.asked, self.answer = link, "", 0.0, ""
+            super().__init__(socket=link)
+
+        def get_server_id(self, timeout: int = REQUEST_TIMEOUT) -> str:
+            """Give the server's ID."""
+            leads_to, now = os.path.realpath(self.link), time.monotonic()
+            if leads_to != self.known or now - self.asked >= ASK_INTERVAL:
+                self.answer = super().get_server_id(timeout)
+                self.known, self.asked = leads_to, now
+            return self.answer
 
     class Location(code_location.GrpcServerCodeLocation):
         """A code location that stays with the server it was loaded from."""
@@ -163,10 +229,20 @@ def stay() -> None:
             """What the UI shows of it."""
             return {**super().get_display_metadata(), **deployed(self.origin.location_name, self.container_image)}
 
+    def create_client(origin: Any) -> DagsterGrpcClient:
+        return Watcher(origin.socket) if origin.socket else own_client(origin)
+
     code_location.GrpcServerCodeLocation = Location
+    own_client = remote_origin.GrpcServerCodeLocationOrigin.create_client
+    remote_origin.GrpcServerCodeLocationOrigin.create_client = create_client
+    server_watcher.WATCH_INTERVAL = LOOK_INTERVAL
+    server_watcher.MAX_RECONNECT_ATTEMPTS = int(server_watcher.MAX_RECONNECT_ATTEMPTS / LOOK_INTERVAL)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["drain"]:
-        sys.exit("usage: python -m data_platform_runtime.code_servers drain")
-    drain()
+    if sys.argv[1:2] == ["serve"]:
+        serve(prepare(sys.argv[2:]))
+    elif sys.argv[1:] == ["drain"]:
+        drain()
+    else:
+        sys.exit("usage: python -m data_platform_runtime.code_servers serve ARGUMENT…|drain")

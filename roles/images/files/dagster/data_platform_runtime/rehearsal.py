@@ -1,6 +1,6 @@
 """Load the code of a location as its code server would, before that is put in the place of the one that serves.
 
-Run as ``python -m data_platform_runtime.rehearsal --location-name=NAME --working-directory=DIRECTORY
+Run as ``python -m data_platform_runtime.rehearsal [--secrets=FILE] --location-name=NAME --working-directory=DIRECTORY
 --module-name=MODULE``: exits with 1 and what is wrong on standard error; prints a sentence for each thing that is no
 reason not to ship, but to look.
 """
@@ -15,6 +15,8 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+
+from data_platform_runtime import code_servers
 
 CODE = Path("/opt/data-platform/code")
 """Where the code of a location is in its image."""
@@ -111,7 +113,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_platform_runtime.rehearsal")
     for option in ("--location-name", "--working-directory", "--module-name"):
         parser.add_argument(option, required=True)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(code_servers.prepare(arguments))
     try:
         repositories = load(options.module_name, options.working_directory)
         for manifest in CODE.glob("**/target/manifest.json"):

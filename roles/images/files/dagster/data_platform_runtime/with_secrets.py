@@ -26,14 +26,19 @@ def read(file: Path) -> dict[str, str]:
     return {name: str(value) for name, value in secrets.items()}
 
 
+def refusal(file: Path, error: OSError | ValueError) -> str:
+    """Say in a sentence why secrets cannot be read."""
+    reason = error.strerror if isinstance(error, OSError) else "it holds no JSON object of names and values"
+    return f"The secrets in {file} cannot be read ({reason}): run the playbook again."
+
+
 def main(arguments: list[str]) -> int:
     """Become the command in ``arguments``; give the exit status if that fails."""
     file, *command = arguments
     try:
         secrets = read(Path(file))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it holds no JSON object of names and values"
-        print(f"The secrets in {file} cannot be read ({reason}): run the playbook again.", file=sys.stderr)
+        print(refusal(Path(file), error), file=sys.stderr)
         return 1
     os.execvpe(command[0], command, {**os.environ, **secrets})
 
