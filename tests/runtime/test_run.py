@@ -95,7 +95,7 @@ def test_process_is_ended_when_its_run_has_ended_without_it(
     state("CANCELED")
     started = time.monotonic()
     assert watched(lambda: time.sleep(30)) == -signal.SIGTERM
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15
     assert "The run has ended, its process has not" in capfd.readouterr().out
 
 

@@ -172,6 +172,11 @@ def deployed(location: str, image: str | None) -> dict[str, str]:
     return {label: str(record[name]) for label, name in shown.items() if record.get(name)}
 
 
+def resolved(address: str) -> str:
+    """Give the address of a server, where it may be that of a link to one."""
+    return f"unix:{os.path.realpath(address.removeprefix('unix:'))}" if address.startswith("unix:") else address
+
+
 def stay() -> None:
     """Have this process ask each code server what it has loaded from it, even after another one has taken over."""
     from dagster._core import remote_origin
@@ -179,21 +184,27 @@ def stay() -> None:
     from dagster._grpc import server_watcher
     from dagster._grpc.client import DagsterGrpcClient
 
+    # gRPC lets channels to one address share a connection, and that of the link may be one to the server before.
+    DagsterGrpcClient._server_address = property(
+        lambda client: resolved(vars(client)["address"]),
+        lambda client, address: vars(client).update(address=address),
+    )
+
     class Client(DagsterGrpcClient):
         """A client of one server, and of the one that the link leads to once that server is gone."""
 
         def __init__(self, link: str, server: str) -> None:
             """Take note of both."""
-            self.link, self.server = link, server
             super().__init__(socket=link)
+            self.server = f"unix:{server}"
 
         @property
         def _server_address(self) -> str:
-            return f"unix:{self.server if os.path.exists(self.server) else self.link}"
+            return self.server if os.path.exists(self.server.removeprefix("unix:")) else resolved(vars(self)["address"])
 
         @_server_address.setter
         def _server_address(self, address: str) -> None:
-            """Dagster sets it once, to the link."""
+            vars(self).update(address=address)
 
     class Watcher(DagsterGrpcClient):
         """A client that asks which server there is when the link leads elsewhere, and otherwise once a second."""
