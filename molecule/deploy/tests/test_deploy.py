@@ -190,7 +190,7 @@ def test_code_is_shipped_and_taken_back_while_all_goes_on(
 ) -> None:
     before, since = ids(), time.time()
     long = patient(platform, 60)
-    queue = [patient(platform, 3) for _ in range(10)]
+    queue = [patient(platform, 12) for _ in range(10)]
     shipped = {"2": tree.ship("2")}
     second = patient(platform, 1)
     shipped["3"] = tree.ship("3", "time.sleep(10)")
@@ -205,7 +205,7 @@ def test_code_is_shipped_and_taken_back_while_all_goes_on(
     back = patient(platform, 1)
     print({name: round(seconds, 1) for name, seconds in shipped.items()})
 
-    assert {ran(platform, run) for run in [long, *queue]} == {("SUCCESS", "1")}
+    assert {ran(platform, run, 300) for run in [long, *queue]} == {("SUCCESS", "1")}
     assert [ran(platform, run) for run in (second, third, fifth, back)] == [
         ("SUCCESS", version) for version in ("2", "3", "5", "3")
     ]
