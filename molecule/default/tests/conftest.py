@@ -133,7 +133,12 @@ def platform(host: Any) -> Platform:
 
 def environment() -> dict[str, str]:
     """Give the environment that plays run in."""
-    return {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_ROLES_PATH": str(ROOT / "roles")}
+    return {
+        **os.environ,
+        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "ANSIBLE_FORCE_COLOR": "false",  # Molecule asks for colours, in which no sentence is found
+        "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
+    }
 
 
 @pytest.fixture(scope="module")

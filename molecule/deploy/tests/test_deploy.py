@@ -321,16 +321,36 @@ def test_one_at_a_time_and_a_dead_play_is_told_from_one_that_lives(
     assert (log()[-1]["what"], log()[-1]["result"]) == ("deploy", "ok")
 
 
+def core_at(code: Path) -> str:
+    """Copy the project's code, and give the variables that make it the location core."""
+    shutil.copytree(ROOT / "code/data-platform", code, ignore=shutil.ignore_patterns("target", "__pycache__"))
+    (core,) = yaml.safe_load((ROOT / "roles/dagster/defaults/main.yml").read_text())["dagster_code_locations"]
+    workload = {"name": "workload", "source": "molecule/deploy/workload", "module": "workload"}
+    return json.dumps({"dagster_code_locations": [core | {"source": str(code)}, workload]})
+
+
+def test_what_dbt_says_of_a_broken_model_is_shown_and_nothing_is_changed(
+    host: Any, play: Callable[..., int], tmp_path: Path
+) -> None:
+    play(playbook=DEPLOY)
+    before = host.check_output("sha256sum /etc/systemd/system/dagster-*"), running(host, "core")
+    edited = core_at(tmp_path / "code")
+    (tmp_path / "code/core/processing/dbt/models/marts/broken.sql").write_text("select * from {{ ref('nowhere') }}\n")
+    with pytest.raises(
+        AssertionError,
+        match="(?s)code-core:.* cannot be built: .*depends on a node named 'nowhere' which was not\\s+found",
+    ):
+        play("--extra-vars", edited, playbook=DEPLOY)
+    assert (host.check_output("sha256sum /etc/systemd/system/dagster-*"), running(host, "core")) == before
+
+
 def test_an_edit_is_live_and_taken_back_within_seconds(
     host: Any, platform: Platform, play: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     code = tmp_path / "code"
-    shutil.copytree(ROOT / "code/data-platform", code, ignore=shutil.ignore_patterns("target", "__pycache__"))
+    edited = core_at(code)
     definitions = code / "core/orchestration/dagster/data_platform/jobs.py"
     original = definitions.read_text()
-    (core,) = yaml.safe_load((ROOT / "roles/dagster/defaults/main.yml").read_text())["dagster_code_locations"]
-    workload = {"name": "workload", "source": "molecule/deploy/workload", "module": "workload"}
-    edited = json.dumps({"dagster_code_locations": [core | {"source": str(code)}, workload]})
 
     def seconds_until(job: str, playbook: str, *arguments: str) -> float:
         """Give the seconds from a play's start until the UI has a job; both have the same clock."""

@@ -279,7 +279,7 @@ def test_blank_host_can_be_looked_at_and_stays_as_it_is() -> None:
     done = subprocess.run(
         ["ansible-playbook", f"--inventory={INVENTORY}", "playbooks/site.yml", "--check", "--diff"],
         cwd=ROOT,
-        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+        env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"},
         capture_output=True,
         text=True,
         check=False,

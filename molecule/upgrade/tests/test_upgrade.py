@@ -47,7 +47,7 @@ def upgrade(inventory: str) -> Play:
     """Run a playbook of this project, or of its previous copy; give its exit status and output."""
 
     def run(*arguments: str, playbook: str = UPGRADE, project: Path = ROOT) -> tuple[int, str]:
-        variables = {**environment(), "ANSIBLE_ROLES_PATH": str(project / "roles"), "ANSIBLE_FORCE_COLOR": "false"}
+        variables = {**environment(), "ANSIBLE_ROLES_PATH": str(project / "roles")}
         command = ["ansible-playbook", f"--inventory={inventory}", playbook, *arguments]
         done = subprocess.run(command, cwd=project, env=variables, capture_output=True, text=True, check=False)
         return done.returncode, " ".join(re.sub("''", "'", done.stdout).split())
