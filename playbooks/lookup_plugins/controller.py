@@ -43,13 +43,17 @@ def parent(process: int) -> int:
 def controller() -> dict[str, object]:
     """Describe this controller and this play; without /proc, no process is told from another."""
     name = socket.gethostname()
-    described: dict[str, object] = {"by": f"{getpass.getuser()}@{name}", "host": name, "process": "-", "alive": ["-"]}
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    described: dict[str, object] = {"by": f"{user}@{name}", "host": name, "process": "-", "alive": ["-"]}
     if (boot := PROC / "sys/kernel/random/boot_id").exists():
         alive = dict(plays())
         process = os.getpid()
         while (above := parent(process)) in alive:
             process = above
-        described["host"] = f"{name}-{boot.read_text().strip()}"
+        described["host"] = f"{name}-{boot.read_text().strip()}-{(PROC / 'self/ns/pid').stat().st_ino}"
         described |= {"process": alive.get(process, "-"), "alive": sorted(alive.values())}
     return described
 

@@ -203,7 +203,7 @@ def test_a_lock_that_counts_no_more_is_taken_over_and_on_record(
     if why == "booted":
         (tmp_path / "boot").write_text("second\n")
     elif why == "old":
-        lock["at"] -= 2 * 3600 + 1
+        lock |= {"at": lock["at"] - 2 * 3600 - 1, "host": "there"}
         (host.state / "lock").write_text(json.dumps(lock))
     elif why == "dead":
         lock["process"] = "9.1"
@@ -234,19 +234,25 @@ def test_a_process_of_another_controller_is_not_called_dead(host: Host, begin: C
     assert host.run("begin", "deploy", "--by", "you", "--host", "there", "--process", "1.1", "--alive", "1.1") == 1
 
 
-def test_rollback_puts_back_what_was_served_before(
-    host: Host, begin: Callable[..., str], capsys: pytest.CaptureFixture
-) -> None:
-    deploy(host, begin, NEW)
-    host.answer("container-unit", "replaced dagster-code-sales\n")
-    capsys.readouterr()
+def follow(host: Host) -> None:
+    """Have the host serve the old code once it is told to."""
+    run = host.program.run
 
     def serve(*command: str, **options: object) -> str:
         if command[0] == host.program.CONTAINER_UNIT:
             host.serves(OLD)
         return run(*command, **options)
 
-    run, host.program.run = host.program.run, serve
+    host.program.run = serve
+
+
+def test_rollback_puts_back_what_was_served_before(
+    host: Host, begin: Callable[..., str], capsys: pytest.CaptureFixture
+) -> None:
+    deploy(host, begin, NEW)
+    host.answer("container-unit", "replaced dagster-code-sales\n")
+    capsys.readouterr()
+    follow(host)
     assert host.run("rollback", *ME) == 0
     assert "after the rollback began: sales old." in capsys.readouterr().out
     assert (host.units / "dagster-code-sales.service").read_text() == UNIT.format(name="dagster-code-sales", image=OLD)
@@ -282,6 +288,52 @@ def test_rollback_to_what_cannot_be_served_changes_nothing(
     assert NEW in (host.units / "dagster-code-sales.service").read_text()
     assert not (host.state / "lock").exists()
     assert host.log()[-1]["result"] == "failed"
+
+
+def test_rollback_goes_back_from_what_a_dead_play_had_served(
+    host: Host, begin: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    begin("deploy", f"sales={NEW}=abc")
+    host.add("dagster-code-sales", NEW)
+    host.serves(NEW)
+    (tmp_path / "boot").write_text("second\n")
+    assert host.run("finish", begin("deploy", f"sales={NEW}=abc")) == 0
+    follow(host)
+    assert host.run("rollback", *ME) == 0
+    assert OLD in (host.units / "dagster-code-sales.service").read_text()
+
+
+def test_what_did_not_come_to_be_served_leaves_neither_unit_nor_record(host: Host, begin: Callable[..., str]) -> None:
+    token = begin("deploy", f"sales={NEW}=abc")
+    host.add("dagster-code-sales", NEW)
+    assert host.run("finish", "--failed", token) == 0
+    assert OLD in (host.units / "dagster-code-sales.service").read_text()
+    assert not (host.state / "sales.json").exists()
+    assert host.calls("docker rm") == ["docker rm --force --volumes dagster-code-sales.next"]
+    assert host.calls("systemctl") == ["systemctl daemon-reload"]
+
+
+def test_code_that_was_down_when_the_lock_was_taken_is_known_from_its_unit(
+    host: Host, begin: Callable[..., str]
+) -> None:
+    host.answer("docker container ls", "")
+    token = begin()
+    host.serves(NEW)
+    assert host.run("finish", token) == 0
+    assert host.log()[-1]["code"]["sales"]["from"] == OLD
+
+
+def test_a_play_that_its_controller_knows_to_live_keeps_the_lock(host: Host, begin: Callable[..., str]) -> None:
+    begin()
+    lock = host.file("lock")
+    for change, code in (({"at": 0.0}, 1), ({"at": 0.0, "process": "-"}, 0)):
+        (host.state / "lock").write_text(json.dumps(lock | change))
+        assert host.run("begin", "deploy", *ME) == code
+
+
+def test_looking_is_refused_as_beginning_is(host: Host, capsys: pytest.CaptureFixture) -> None:
+    assert host.run("begin", "deploy", "--check", *ME, "--shared", "data-platform/dagster:newer") == 1
+    assert "which the host does not run" in capsys.readouterr().err
 
 
 def test_rollback_without_a_version_before_says_so(host: Host, capsys: pytest.CaptureFixture) -> None:

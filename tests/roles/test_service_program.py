@@ -856,6 +856,37 @@ def test_container_that_was_rehearsed_and_never_took_over_goes(machine: Machine,
     assert capsys.readouterr().out == "removed dagster-a.next\n"
 
 
+def test_rehearsal_that_ended_with_the_service_beside_it_is_run_alone(
+    seamless: Machine, capsys: pytest.CaptureFixture
+) -> None:
+    seamless.answer("docker exec", code=137)
+    seamless.answer("docker run --rm", code=1, err="Traceback\nNameError: x\n")
+    assert seamless.program.main(["rehearse", str(seamless.units / "dagster-a.service")]) == 1
+    assert seamless.calls("docker run")[-1] == f"docker run --rm {RUN} some/image:1 rehearse --it"
+    assert capsys.readouterr().err == "Traceback\nNameError: x\n"
+
+
+@pytest.mark.parametrize("missing", ["network", "requirement"])
+def test_nothing_is_rehearsed_without_what_it_needs(missing: str, seamless: Machine) -> None:
+    unit = seamless.units / "dagster-a.service"
+    unit.write_text(unit.read_text().replace("[Service]", "After=docker.service dagster-b.service\n[Service]"))
+    if missing == "network":
+        seamless.answer("docker network inspect", code=1)
+    else:
+        seamless.answer("systemctl is-active --quiet dagster-b.service", code=3)
+    assert seamless.program.main(["rehearse", str(unit)]) == 0
+    assert seamless.calls("docker run") == []
+
+
+def test_one_that_is_down_does_not_restart_one_that_can_be_replaced(seamless: Machine) -> None:
+    seamless.add("dagster-b", more=SEAMLESS)
+    states = {"dagster-a": ("true", "old"), "dagster-c": ("true", seamless.made_of("dagster-c"))}
+    seamless.containers(states)
+    seamless.answer("systemctl is-active", "active\nactivating\nactive\n", code=3)
+    assert seamless.converge() == 0
+    assert seamless.calls("systemctl re") == ["systemctl restart dagster-b", "systemctl reload dagster-a"]
+
+
 @pytest.mark.parametrize("unit", ["dagster-a", "dagster-b"])
 def test_nothing_is_rehearsed_for_a_unit_that_does_not_run_or_names_no_rehearsal(unit: str, seamless: Machine) -> None:
     seamless.answer("docker container inspect --format {{.State.Running}} dagster-a", code=1)

@@ -116,6 +116,9 @@ def test_manifest_that_is_older_than_the_models_is_refused(
     assert [name for name in described if name.startswith("model.")]
     assert rehearse(code, GOOD) == 0
     model = sorted((project / "models").rglob("*.sql"))[0]
+    model.write_bytes(model.read_bytes().replace(b"\n", b"\r\n"))
+    assert prepare_dbt.main() == 0
+    assert rehearse(code, GOOD) == 0
     model.write_text(f"{model.read_text()}\n-- changed\n")
     assert rehearse(code, GOOD) == 1
     said = capsys.readouterr().err

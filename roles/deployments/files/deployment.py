@@ -40,6 +40,9 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 CONTAINER_UNIT = "/usr/local/lib/data-platform/container-unit"
 WEBSERVER = "dagster-webserver"
 
+UNKNOWN = "-"
+"""Process of a play whose controller cannot tell its processes."""
+
 LEASE = 2 * 3600
 """Seconds after which a lock counts no more."""
 
@@ -150,11 +153,42 @@ def why_stale(lock: dict[str, Any], host: str, alive: list[str]) -> str:
     """
     if lock.get("boot") != BOOT.read_text().strip():
         return "the host has been booted since"
+    if lock["host"] == host and lock["process"] != UNKNOWN:
+        return "" if lock["process"] in alive else "the play that took it is dead"
     if time.time() - lock["at"] > LEASE:
         return f"it is older than {LEASE // 3600} hours"
-    if lock["host"] == host and lock["process"] not in alive:
-        return "the play that took it is dead"
     return ""
+
+
+def refuse(shared: str, known: Iterable[str], host: str, alive: list[str]) -> None:
+    """See whether something may be begun.
+
+    Args:
+        shared: Image of Dagster that the host must run already; empty means any.
+        known: Locations that the host must have already.
+        host: The controller that asks.
+        alive: Its processes.
+
+    Raises:
+        Failure: Somebody else has the lock, or the host lacks a location or runs another Dagster.
+    """
+    images = described()
+    if shared and images.get(UNITS / f"{WEBSERVER}.service") != shared:
+        raise Failure(
+            f"This tree's code is built on the image {shared}, which the host does not run: run playbooks/site.yml, or "
+            "playbooks/upgrade.yml for another version of Dagster. Nothing was changed."
+        )
+    if new := sorted(set(known) - {location_of(image) for image in images.values()}):
+        raise Failure(
+            f"The host does not have the code location {new[0]} yet: run playbooks/site.yml. Nothing was changed."
+        )
+    file = STATE / "lock"
+    lock = read(file)
+    if lock and not why_stale(lock, host, alive):
+        raise Failure(
+            f"A change of this platform ({lock['what']}) is in progress since {lock['since']}, by {lock['by']}: "
+            f"wait for its end, or, if it is dead, remove {file}. Nothing was changed."
+        )
 
 
 def begin(
@@ -172,34 +206,23 @@ def begin(
         known: Locations that the host must have already.
 
     Raises:
-        Failure: Somebody else has it, or the host lacks a location or runs another Dagster.
+        Failure: It may not be done now.
     """
-    described_now = described()
-    if shared and described_now.get(UNITS / f"{WEBSERVER}.service") != shared:
-        raise Failure(
-            f"This tree's code is built on the image {shared}, which the host does not run: run playbooks/site.yml, or "
-            "playbooks/upgrade.yml for another version of Dagster. Nothing was changed."
-        )
-    if new := sorted(set(known) - {location_of(image) for image in described_now.values()}):
-        raise Failure(
-            f"The host does not have the code location {new[0]} yet: run playbooks/site.yml. Nothing was changed."
-        )
-    file = STATE / "lock"
     with alone():
-        lock = read(file)
-        why = why_stale(lock, host, alive)
-        if lock and why:
-            log(lock, f"abandoned, {why}", changes(lock))
+        refuse(shared, known, host, alive)
+        if lock := read(STATE / "lock"):
+            log(lock, f"abandoned, {why_stale(lock, host, alive)}", changes(lock))
             restore(lock)
-        elif lock:
-            raise Failure(
-                f"A change of this platform ({lock['what']}) is in progress since {lock['since']}, by {lock['by']}: "
-                f"wait for its end, or, if it is dead, remove {file}. Nothing was changed."
-            )
         token = secrets.token_hex(8)
-        content = {"token": token, "what": what, "by": by, "host": host, "process": process, "since": now()}
-        rest = {"at": time.time(), "boot": BOOT.read_text().strip(), "serving": serving(), "records": records()}
-        write(file, json.dumps(content | rest))
+        there = {file: image for file, image in described().items() if location_of(image)}
+        content = {
+            **{"token": token, "what": what, "by": by, "host": host, "process": process},
+            **{"since": now(), "at": time.time(), "boot": BOOT.read_text().strip()},
+            "serving": {location_of(image): image for image in there.values()} | serving(),
+            "records": records(),
+            "units": {file.name: file.read_text() for file in there},
+        }
+        write(STATE / "lock", json.dumps(content))
     return token
 
 
@@ -241,11 +264,20 @@ def changes(lock: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def restore(lock: dict[str, Any]) -> None:
-    """Write down again what was when the lock was taken, of the locations that do not serve what was written since."""
+    """Put back records and units as they were when the lock was taken, where what they say since then is not served."""
     served = serving()
-    for name, content in lock["records"].items():
-        if read(STATE / f"{name}.json").get("image") != served.get(name):
-            write(STATE / f"{name}.json", json.dumps(content))
+    for name, content in records().items():
+        if content.get("image") != served.get(name):
+            if name in lock["records"]:
+                write(STATE / f"{name}.json", json.dumps(lock["records"][name]))
+            else:
+                (STATE / f"{name}.json").unlink()
+    for file, image in described().items():
+        text, name = lock["units"].get(file.name), location_of(image)
+        if text and name in served and served[name] != image and text != file.read_text():
+            write(file, text)
+            run("docker", "rm", "--force", "--volumes", f"{file.stem}.next", check=False)
+            run("systemctl", "daemon-reload", check=False)
 
 
 def finish(token: str, failed: bool) -> str:
@@ -343,7 +375,7 @@ def before_the_last() -> tuple[dict[str, str], str]:
     Raises:
         Failure: There is none, one of them is gone, or cannot be served by the Dagster of now.
     """
-    changes = [line for line in logged() if line["result"] == "ok" and line["code"]]
+    changes = [line for line in logged() if any(item["from"] for item in line["code"].values())]
     last = changes[-1] if changes else {"time": "", "code": {}}
     code = {item["to"]: item["from"] for item in last["code"].values() if item["from"]}
     if not code:
@@ -383,7 +415,7 @@ def swap(code: dict[str, str], since: str) -> None:
     for file, content in kept.items():
         for image, wanted in code.items():
             content = content.replace(image, wanted)
-        file.write_text(content)
+        write(file, content)
     record([f"{location_of(wanted)}={wanted}={revision(wanted)}" for wanted in code.values()], check=False)
     for image, wanted in code.items():
         file = STATE / f"{location_of(wanted)}.json"
@@ -393,8 +425,8 @@ def swap(code: dict[str, str], since: str) -> None:
         run(CONTAINER_UNIT, "converge", "--only", *(file.stem for file in kept))
     except Failure:
         for file, content in kept.items():
-            file.write_text(content)
-        run("systemctl", "daemon-reload")
+            write(file, content)
+        run(CONTAINER_UNIT, "converge", "--only", *(file.stem for file in kept), check=False)
         raise
     for image, wanted in code.items():
         repository = image.rpartition(":")[0]
@@ -462,7 +494,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "begin":
-            if not options.check:
+            if options.check:
+                refuse(options.shared, options.known, options.host, options.alive)
+            else:
                 who = (options.by, options.host, options.process, options.alive)
                 print(begin(options.what, *who, options.shared, options.known))
             for line in record(options.code, options.check):

@@ -82,6 +82,7 @@ class Unit:
             container = parser["X-Container"]
             self.start = words(parser["Service"]["ExecStart"])
             self.stop = words(parser["Service"].get("ExecStop", ""))
+            self.after = parser["Unit"].get("After", "").split()
             self.name = self.start[self.start.index("--name") + 1]
         except (OSError, configparser.Error, KeyError, ValueError) as error:
             raise Failure(f"{file} does not describe a container ({error}): run the playbook again.") from error
@@ -354,14 +355,17 @@ def retire(unit: Unit, name: str) -> None:
 def rehearse(unit: Unit) -> str:
     """Start the container that is to replace the unit's, and run the unit's rehearsal in it; give what that says.
 
-    The container stays, to be what the unit is replaced by. A unit that is not running has nothing to lose: its start
-    will tell.
+    The container stays, to be what the unit is replaced by. A unit that is not running, or whose network or
+    requirements are not there, has nothing to lose: its start will tell.
 
     Raises:
         Failure: The rehearsal failed.
     """
     state = run("docker", "container", "inspect", "--format", "{{.State.Running}}", unit.name, check=False).stdout
-    if not unit.rehearsal or state.strip() != "true":
+    if not unit.rehearsal or state.strip() != "true" or bridge(unit.network) is None:
+        return ""
+    needed = [name for name in unit.after if name.startswith("dagster-")]
+    if needed and run("systemctl", "is-active", "--quiet", *needed, check=False).returncode:
         return ""
     new = next_of(unit)
     make_way(unit, unit.made_of(image_id(unit)))
@@ -370,14 +374,20 @@ def rehearse(unit: Unit) -> str:
     done = run("docker", "exec", new, *unit.rehearsal, check=False)
     if done.returncode:
         run("docker", "rm", "--force", "--volumes", new, check=False)
-        raise Failure(done.stderr.strip() or done.stdout.strip())
+    if done.returncode and not (done.stderr.strip() or done.stdout.strip()):  # it ended with the service beside it
+        alone = given[: given.index(unit.image) + 1]
+        done = run("docker", "run", "--rm", *alone, *unit.rehearsal, check=False)
+    if done.returncode:
+        ended = f"The rehearsal ended with status {done.returncode} and said nothing."
+        raise Failure(done.stderr.strip() or done.stdout.strip() or ended)
     return done.stdout
 
 
 def converge(wanted: list[str], check: bool, only: bool = False) -> list[str]:
     """Bring the host to exactly the units ``wanted``, each with a container that is made of what the host now holds.
 
-    If nothing differs but units whose container can be replaced while it serves, they are replaced, not restarted.
+    If nothing differs but units whose container can be replaced while it serves, those that serve are replaced, not
+    restarted.
 
     Args:
         wanted: Names of the units that this host is to have.
@@ -422,8 +432,9 @@ def converge(wanted: list[str], check: bool, only: bool = False) -> list[str]:
         unit.name for unit in units if unit.drain and running.get(unit.name) and unit.network not in misnamed
     }
     replaceable &= {name for name, state in zip(names, active, strict=True) if state == "active"}
-    replaced = stale if replaceable.issuperset(stale) else []
-    stale = [] if replaced else stale
+    seamless = {unit.name for unit in units if unit.drain}
+    replaced = [name for name in stale if name in replaceable] if seamless.issuperset(stale) else []
+    stale = [name for name in stale if name not in replaced]
     disabled = [name for name, state in zip(names, enabled, strict=True) if state != "enabled"]
     unread = not only and show(SLICE, "NeedDaemonReload")["NeedDaemonReload"] == "yes"
     outgrown = not only and JOURNAL.exists() and JOURNAL.stat().st_mtime > started("systemd-journald")

@@ -196,6 +196,7 @@ def stay() -> None:
         def __init__(self, link: str, server: str) -> None:
             """Take note of both."""
             super().__init__(socket=link)
+            self.socket = server  # where Dagster asks for a run that is a process of this server
             self.server = f"unix:{server}"
 
         @property

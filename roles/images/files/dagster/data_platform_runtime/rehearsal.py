@@ -86,7 +86,7 @@ def stale_models(project: Path) -> list[str]:
 
     def found(file: str) -> str:
         path = project / file
-        return hashlib.sha256(path.read_text().strip().encode()).hexdigest() if path.is_file() else "none"
+        return hashlib.sha256(path.read_bytes().decode().strip().encode()).hexdigest() if path.is_file() else "none"
 
     return sorted(file for file, checksum in described.items() if found(file) != checksum)
 
