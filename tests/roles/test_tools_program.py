@@ -26,8 +26,16 @@ if code < 0:
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
-SERVED = ["dagster", "api", "grpc", "--location-name=core", "--working-directory=/code/a b", "--module-name=core.defs"]
-SECRET = ["python", "-m", "with_secrets", "/secret", *SERVED[:3], "--location-name=shop", *SERVED[4:]]
+SERVED = [
+    "python",
+    "-m",
+    "code_servers",
+    "serve",
+    "--location-name=core",
+    "--working-directory=/code/a b",
+    "--module-name=core.defs",
+]
+SECRET = [*SERVED[:4], "--secrets=/secret", "--location-name=shop", *SERVED[5:]]
 
 
 class Machine:
@@ -217,7 +225,7 @@ def test_one_of_several_code_locations_is_named(words: list[str], machine: Machi
     machine.program.main("data-platform-dagster", ["asset", "list", *words, "--select", "a"])
     container, command = executed(machine)
     assert container == "dagster-code-shop"
-    assert command[:7] == ["python", "-m", "with_secrets", "/secret", "dagster", "asset", "list"]
+    assert command[:7] == ["python", "-m", "data_platform_runtime.with_secrets", "/secret", "dagster", "asset", "list"]
     assert command[-2:] == ["--select", "a"]
 
 

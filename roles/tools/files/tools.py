@@ -123,7 +123,8 @@ def sql(arguments: list[str], configuration: dict[str, Any]) -> int:
 
 def code_locations() -> dict[str, tuple[str, list[str]]]:
     """Container and command of each code location that runs, by its name."""
-    listed = run("docker", "container", "ls", "--filter=name=^dagster-code", "--format={{.Names}}").stdout.split()
+    there = run("docker", "container", "ls", "--filter=name=^dagster-code", "--format={{.Names}}").stdout.split()
+    listed = [name for name in there if "." not in name]  # one with a dot comes or goes beside the one that serves
     form = "--format={{slice .Name 1}} {{json .Config.Cmd}}"
     found = run("docker", "container", "inspect", form, *listed).stdout.splitlines() if listed else []
     commands = [(name, json.loads(command)) for name, command in (line.split(" ", 1) for line in found)]
@@ -164,7 +165,9 @@ def dagster(arguments: list[str], configuration: dict[str, Any]) -> int:
             raise Failure(f"The code location {wanted} is not running: see 'systemctl status dagster-code*'.")
         (container, served), place = locations[wanted], []
         pointer = [f"{name}={option(served, name)}" for name in ("--working-directory", "--module-name")]
-        command = [*served[: served.index("dagster")], "dagster", *arguments[:2], *pointer, *rest]
+        secrets = [word.partition("=")[2] for word in served if word.startswith("--secrets=")]
+        prefix = ["python", "-m", "data_platform_runtime.with_secrets", *secrets] if secrets else []
+        command = [*prefix, "dagster", *arguments[:2], *pointer, *rest]
     elif run("docker", "container", "inspect", "--format={{.State.Running}}", container).stdout.strip() != "true":
         raise Failure(f"{container} is not running: see 'systemctl status {container}'.")
     return subprocess.call(["docker", "exec", *terminal(), "--env=TERM", *place, container, *command])
