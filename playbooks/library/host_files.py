@@ -34,6 +34,10 @@ options:
         description: Whether a file that is there gets this content; its owner and mode are set in any case.
         type: bool
         default: true
+      returned:
+        description: Whether what is then in the file is returned, in C(contents) by path; C(no_log) hides a secret.
+        type: bool
+        default: false
       validate:
         description:
           - Command that accepts the content, with C(%s) for a file that holds it; not run in check mode.
@@ -59,6 +63,7 @@ OPTIONS = {
     "path": {"type": "path", "required": True},
     "content": {"type": "str"},
     "force": {"type": "bool", "default": True},
+    "returned": {"type": "bool", "default": False},
     "validate": {"type": "str"},
     "exclusive": {"type": "bool", "default": False},
     "mode": {"type": "raw"},
@@ -152,7 +157,9 @@ def main() -> None:
     said: list[str] = []
     differences = [difference for file in module.params["files"] for difference in lay_down(module, file, said)]
     differences += clear(module, module.params["files"])
-    module.exit_json(changed=bool(differences), diff=differences, said=said)
+    returned = [Path(file["path"]) for file in module.params["files"] if file["returned"]]
+    contents = {str(path): path.read_text(encoding="utf-8") for path in returned if path.exists()}
+    module.exit_json(changed=bool(differences), diff=differences, said=said, contents=contents)
 
 
 if __name__ == "__main__":

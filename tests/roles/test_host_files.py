@@ -143,3 +143,14 @@ def test_what_is_said_of_content_that_is_accepted_comes_back(
     file = {"path": f"{root}/file", "content": "look", "validate": "cat %s"}
     assert lay_down([file])["said"] == ["look"]
     assert lay_down([file])["said"] == []
+
+
+def test_content_that_stays_is_returned_to_whom_asks(root: Path, lay_down: Callable[..., dict[str, Any]]) -> None:
+    (root / "kept").write_text("old")
+    files = [
+        {"path": f"{root}/kept", "content": "new", "force": False, "returned": True},
+        {"path": f"{root}/made", "content": "made", "force": False, "returned": True},
+        {"path": f"{root}/silent", "content": "silent"},
+    ]
+    assert lay_down(files, "--check")["contents"] == {f"{root}/kept": "old"}
+    assert lay_down(files)["contents"] == {f"{root}/kept": "old", f"{root}/made": "made"}

@@ -30,6 +30,7 @@ READING = [
     "echo",
     "find",
     "getent",
+    "getfacl",
     "grep",
     "ls",
     "nft list",

@@ -167,7 +167,7 @@ def playbook() -> list[dict[str, Any]]:
         for file in task.arguments["files"]
         if "postgres_passfile" in file["path"]
     ]
-    password = {"__postgres_password": {"content": "b3Blbg=="}}
+    password = {"__postgres_password": {"contents": {"/etc/data-platform/secrets/postgres": "open"}}}
     tasks.append(write(passfile, "passfile", vars=password))
     return [{"hosts": "all", "gather_facts": True, "gather_subset": ["!all", "!min", "hardware"], "tasks": tasks}]
 
