@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 from conftest import ROOT, SERVICES
 
-PLATFORMS_OWN = ("/etc/data-platform/", "/run/data-platform-engine/", "/var/lib/data-platform/")
+PLATFORMS_OWN = (
+    "/etc/data-platform/",
+    "/run/data-platform-code",
+    "/run/data-platform-engine/",
+    "/var/lib/data-platform/",
+)
 Container = dict[str, Any]
 
 
