@@ -12,6 +12,22 @@ from typing import Any, NamedTuple
 import yaml
 
 ROOT = Path(__file__).parents[2]
+
+STAND_IN = f"""#!{sys.executable} -IS
+import json, pathlib, sys
+here = pathlib.Path(__file__).parent
+line = " ".join([pathlib.Path(__file__).name, *sys.argv[1:]])
+with open(here / "calls", "a") as calls:
+    print(line, file=calls)
+answers = json.loads((here / "answers").read_text())
+given = [answers[start] for start in sorted(answers, key=len) if line.startswith(start)]
+code, out, err = given[-1] if given else (0, "", "")
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
+"""
+"""A program that answers what it is told, and writes down what it is asked."""
+
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
 SHARED_MODULES = {path.stem for path in (ROOT / "playbooks" / "library").glob("*.py")}
 WIRING = ROOT / "playbooks" / "group_vars" / "all"

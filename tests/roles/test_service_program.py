@@ -4,28 +4,14 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT, module_at
+from conftest import ROOT, STAND_IN, module_at
 
-STAND_IN = f"""#!{sys.executable} -IS
-import json, pathlib, sys
-here = pathlib.Path(__file__).parent
-line = " ".join([pathlib.Path(__file__).name, *sys.argv[1:]])
-with open(here / "calls", "a") as calls:
-    print(line, file=calls)
-answers = json.loads((here / "answers").read_text())
-given = [answers[start] for start in sorted(answers, key=len) if line.startswith(start)]
-code, out, err = given[-1] if given else (0, "", "")
-sys.stdout.write(out)
-sys.stderr.write(err)
-sys.exit(code)
-"""
 UNIT = """[Unit]
 Description=Something
 [Service]
