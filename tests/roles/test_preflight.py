@@ -273,9 +273,9 @@ def test_room_for_the_next_snapshots_is_measured(
 def test_versions_are_those_that_the_data_belong_to(tmp_path: Path) -> None:
     units, data = tmp_path / "units", tmp_path / "data"
     kept = data / "upgrade/from" / units.relative_to("/")
-    for folder in (units, kept, data / "postgres/17", data / "postgres/17.new"):
+    for folder in (units, kept, data / "postgres/9", data / "postgres/17", data / "postgres/18.new"):
         folder.mkdir(parents=True)
-    assert (measure.versions(units, data), measure.postgres(data), measure.journal(data)) == ({}, [], {})
+    assert (measure.versions(units, data), measure.postgres(units, data), measure.journal(data)) == ({}, "", {})
     (data / "dagster").mkdir()
     (data / "dagster/last-unit").write_text("Versions=dagster=0.5\n")
     assert measure.versions(units, data) == {"dagster": "0.5"}
@@ -283,13 +283,23 @@ def test_versions_are_those_that_the_data_belong_to(tmp_path: Path) -> None:
     assert measure.versions(units, data) == {}
     (units / "dagster-webserver.service").write_text("Image=x\nVersions=dagster=2.0 duckdb=1.5\n")
     (kept / "dagster-webserver.service").write_text("Versions=dagster=1.0 duckdb=1.5\n")
-    (data / "postgres/17/PG_VERSION").write_text("17\n")
     assert measure.versions(units, data) == {"dagster": "2.0", "duckdb": "1.5"}
-    assert measure.postgres(data) == ["17"]
+    (data / "postgres/9/PG_VERSION").write_text("9\n")
+    (units / "dagster-postgres.service").write_text('--env "PGDATA=/data/postgres/17" \\')
+    (kept / "dagster-postgres.service").write_text('--env "PGDATA=/data/postgres/9" \\')
+    assert measure.postgres(units, data) == "9"
+    (data / "postgres/17/PG_VERSION").write_text("17\n")
+    assert measure.postgres(units, data) == "17"
     journal = data / "upgrade/unfinished"
-    for step, dagster in {"draining": "2.0", "saving": "2.0", "saved": "1.0", "migrating": "1.0"}.items():
+    for step, (dagster, postgres) in {
+        "draining": ("2.0", "17"),
+        "saving": ("2.0", "17"),
+        "saved": ("1.0", "9"),
+        "migrating": ("1.0", "9"),
+    }.items():
         journal.write_text(f'{{"step": "{step}", "since": "then"}}')
         assert measure.versions(units, data)["dagster"] == dagster
+        assert measure.postgres(units, data) == postgres
         assert measure.journal(data)["since"] == "then"
 
 
@@ -333,6 +343,43 @@ def test_other_versions_are_refused_unless_they_are_upgraded(
     said = Templar(DataLoader(), variables=variables).template(own["__preflight_other_versions"])
     assert len(said) == len(sentences)
     assert [sentence for sentence, line in zip(sentences, said, strict=True) if sentence not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "moves", "installed", "sentence"),
+    [
+        ("", 17, False, True, ""),
+        ("17", 17, False, True, ""),
+        ("17", "", False, True, ""),
+        ("17", 18, True, True, ""),
+        ("9", 17, True, True, ""),
+        ("17", 18, False, True, "run playbooks/upgrade_postgres.yml, which moves them, or leave it at 17."),
+        (
+            "17",
+            18,
+            True,
+            False,
+            "install the project with 17 first, and run playbooks/upgrade_postgres.yml after that.",
+        ),
+        ("17", 15, True, True, "leave it at 17."),
+        ("17", 9, False, True, "leave it at 17."),
+    ],
+)
+def test_another_postgresql_is_refused_unless_it_is_moved(
+    there: str, wanted: int | str, moves: bool, installed: bool, sentence: str
+) -> None:
+    own = {name: trust(value) for name, value in yaml.safe_load((ROLE / "vars/main.yml").read_text()).items()}
+    variables = {
+        **own,
+        "__preflight_measured": {"postgres": there, "installed": installed},
+        "preflight_postgres_version": wanted,
+        "preflight_moves_postgres": moves,
+    }
+    said = Templar(DataLoader(), variables=variables).template(own["__preflight_other_postgres"])
+    start = (
+        f"The metadata of this host are of PostgreSQL {there}, and images_postgres_version is {wanted}, which cannot"
+    )
+    assert (said or "").strip() == (f"{start} read them: {sentence}" if sentence else "")
 
 
 def test_users_that_the_host_does_not_know_are_found() -> None:

@@ -19,6 +19,7 @@ ExecStart=/usr/local/lib/data-platform/with-levels \\
     --log-driver none \\
     --network net \\
     --env "A=50%% of $$HOME" \\
+    {options}\\
     --publish 127.0.0.1:3001:3001 \\
     {image}{command}
 [X-Container]
@@ -53,7 +54,8 @@ class Host:
         (self.data / "warehouse" / "warehouse.duckdb").write_text("tables of old")
         (self.data / "postgres/17/base").mkdir(parents=True)
         (self.programs / "upgrade").write_text("the program itself")
-        self.databases, self.active, self.in_progress = dict(OLD), set(NAMES), [0]
+        self.clusters, self.new_postgres, self.lost = {"17": dict(OLD)}, "17", ""
+        self.active, self.in_progress = set(NAMES), [0]
         self.locations: list[dict[str, Any]] = [LOADED]
         self.calls: list[str] = []
         self.helper = ""
@@ -74,7 +76,9 @@ class Host:
         """Write units, configuration and programs of a version, as the roles do."""
         for name in NAMES:
             command = SERVE if name == "dagster-code" else ""
-            text = UNIT.format(name=name, image=f"data-platform/{name}:{version}", command=command)
+            cluster = self.new_postgres if version == 2 else "17"
+            options = f'--env "PGDATA=/there/postgres/{cluster}" ' if name == "dagster-postgres" else ""
+            text = UNIT.format(name=name, image=f"data-platform/{name}:{version}", command=command, options=options)
             (self.units / f"{name}.service").write_text(text)
         (self.config / "dagster.yaml").write_text(f"version: {version}")
         (self.data / "deployments" / "core.json").write_text(f"image {version}")
@@ -82,10 +86,15 @@ class Host:
         added = {
             self.data / "deployments" / "new.json": "image 2",
             self.config / "new.yaml": "",
-            self.units / "dagster-code-new.service": UNIT.format(name="x", image="new:2", command=""),
+            self.units / "dagster-code-new.service": UNIT.format(name="x", image="new:2", command="", options=""),
         }
         for file, text in added.items():
             file.write_text(text) if version == 2 else file.unlink(missing_ok=True)
+
+    @property
+    def databases(self) -> dict[str, str]:
+        """What the database server's directory holds."""
+        return self.clusters[self.program.cluster().name]
 
     def dies(self) -> None:
         """Count one thing that is done, and be killed if its time has come."""
@@ -117,7 +126,7 @@ class Host:
             raise self.program.Failure(f"'{line}' failed: {out}")
         return subprocess.CompletedProcess(words, code, out, out if code else "")
 
-    def does(self, words: tuple[str, ...], line: str, stdin: Any = None, **_: Any) -> tuple[int, str]:
+    def does(self, words: tuple[str, ...], line: str, stdin: Any = None, **options: Any) -> tuple[int, str]:
         """Give status and output of a command that nothing is wrong with."""
         if words[:2] == ("systemctl", "stop"):
             self.active -= set(words[2:])
@@ -125,6 +134,9 @@ class Host:
             may = (self.runtime / "data-platform-upgrade").read_text().split()
             refused = set(words[2:]) - set(may) if self.state.journal.exists() else set()
             self.active |= set(words[2:]) - refused
+            if "dagster-postgres" in words and not self.program.cluster().exists():
+                self.program.cluster().mkdir()
+                self.clusters[self.program.cluster().name] = {"dagster": ""}
             return int(bool(refused)), "refused"
         elif words[:2] == ("systemctl", "is-active"):
             return 0, "\n".join("active" if name in self.active else "inactive" for name in words[2:])
@@ -133,6 +145,7 @@ class Host:
             return 0, "id\n" * number
         elif words[:2] == ("docker", "exec"):
             name = words[3] if words[2] == "--interactive" else words[2]
+            assert options.get("input", "CREATE ROLE dagster;") == "CREATE ROLE dagster;"
             return self.inside(words, stdin) if name in self.active else (1, f"{name} is not running")
         elif line == "docker rm --force --volumes data-platform-upgrade":
             self.helper = ""
@@ -148,8 +161,19 @@ class Host:
         """Give status and output of a command in a container that runs."""
         assert not (self.helper and {"psql", "pg_dump", "pg_restore"} & set(words))
         if "pg_dump" in words:
-            return 0, self.databases["dagster"]
-        if "pg_restore" in words and "--list" not in words:
+            return 0, self.databases[words[-1]]
+        if "pg_dumpall" in words:
+            return 0, "CREATE ROLE postgres;\nCREATE ROLE dagster;\n"
+        if words[-1].startswith("--command=SELECT datname"):
+            return 0, "\n".join(self.databases)
+        if "FROM pg_tables" in words[-1]:
+            (database,) = (word.partition("=")[2] for word in words if word.startswith("--dbname="))
+            return 0, f"public.runs {len(self.databases[database].split())}"
+        if "--create" in words:
+            name = Path(stdin.name).stem
+            assert name not in self.databases
+            self.databases[name] = stdin.read().decode().removesuffix(self.lost)
+        elif "pg_restore" in words and "--list" not in words:
             self.databases[words[-1].partition("=")[2]] = stdin.read().decode()
         for statement in words[-1].partition("=")[2].split("; ") if "psql" in words else ():
             name, *rest = statement.replace("IF EXISTS ", "").split()[2:] if " DATABASE " in statement else [""]
@@ -199,7 +223,7 @@ def test_upgrade_keeps_a_copy_migrates_and_proves_before_the_daemon_starts(
     assert (host.state.dump.read_text(), host.active) == ("runs of old", set(NAMES))
     assert (host.state.warehouse / "warehouse.duckdb").read_text() == "tables of old"
     assert not host.state.journal.exists()
-    lines = [line for line in host.calls if line.startswith(("systemctl st", "docker run")) or "pg_dump" in line]
+    lines = [line for line in host.calls if line.startswith(("systemctl st", "docker run")) or "pg_dump " in line]
     assert [" ".join(line.split()[:3]) for line in lines] == [
         "systemctl stop dagster-daemon",
         "systemctl stop dagster-code",
@@ -330,6 +354,60 @@ def each_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempt: Callable
                 attempt(host)
             host.kill_at = 0
             yield host
+
+
+def moved(host: Host) -> int:
+    """Upgrade to another major version of PostgreSQL, too."""
+    host.new_postgres, host.clusters["17"]["reports"] = "18", "sums"
+    return host.play()
+
+
+def test_postgresql_is_moved_with_all_databases_and_the_old_directory_stays(
+    host: Host, capsys: pytest.CaptureFixture
+) -> None:
+    assert moved(host) == 0
+    assert host.clusters["17"] == {**OLD, "reports": "sums"}
+    assert host.clusters["18"] == {"dagster": "migrated runs of old, smoke", "reports": "sums"}
+    postgres = host.data / "postgres"
+    said = f"Moved PostgreSQL from {postgres}/17, which stays as it was, to {postgres}/18: 4 rows in both ("
+    assert said in capsys.readouterr().out
+
+
+def test_move_that_loses_rows_is_reverted(host: Host, capsys: pytest.CaptureFixture) -> None:
+    before, host.lost = host.files(), " of old"
+    assert moved(host) == 1
+    assert (
+        "The database dagster does not hold what it held before: public.runs 1, public.runs 3."
+        in capsys.readouterr().err
+    )
+    assert host.do("revert") == 0
+    assert (host.databases, host.files(), host.active) == ({**OLD, "reports": "sums"}, before, set(NAMES))
+    assert not (host.data / "postgres/18").exists()
+
+
+def test_move_to_a_directory_that_is_there_is_refused_and_leaves_it(host: Host, capsys: pytest.CaptureFixture) -> None:
+    (host.data / "postgres/18").mkdir()
+    assert moved(host) == 1
+    assert "postgres/18, which PostgreSQL is to have its data in, is there already" in capsys.readouterr().err
+    assert host.do("revert") == 0
+    assert (host.data / "postgres/18").exists()
+    assert host.active == set(NAMES)
+
+
+def test_move_killed_anywhere_is_finished_by_the_next_or_reverted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for again in (moved, lambda host: host.do("revert")):
+        for host in each_kill(tmp_path / again.__name__, monkeypatch, moved):
+            if not host.state.journal.exists():
+                continue
+            host.boots()
+            assert again(host) == 0
+            assert host.clusters["17"] == {**OLD, "reports": "sums"}
+            assert host.databases == host.clusters["18" if again is moved else "17"]
+            assert (host.data / "postgres/18").exists() == (again is moved)
+            assert host.databases["reports"] == "sums"
+            assert host.active == set(NAMES)
 
 
 @pytest.mark.parametrize("boots", [False, True], ids=["killed", "power cut"])

@@ -237,6 +237,9 @@ def test_scenario_ssh_overrides_all_that_a_user_may_set() -> None:
     imports = [task for task in all_tasks() if task.module == "import_role"]
     roles = {task.arguments["name"] for task in imports if task.file == site}
     given = {name for task in imports for name in task.content.get("vars", {})}
+    given |= {
+        name for file in (ROOT / "playbooks").glob("*.yml") for play in load(file) for name in play.get("vars", {})
+    }
     offered = {name: option for role in roles for name, option in entry_points(role).get("main", {}).items()}
     of_choice = {name for name, option in offered.items() if len(option.get("choices", [0, 1])) > 1}
     overridden = load(ROOT / "molecule/ssh/inventory/group_vars/data_platform/overridden.yml")

@@ -105,11 +105,11 @@ class Platform:
         """Give the rows of a query to a database in the warehouse's directory, once no run has it open."""
         return json.loads(self.host.check_output("docker exec dagster-code python -c %s %s %s", QUERY, file, query))
 
-    def postgres(self, query: str) -> list[str]:
-        """Give the rows of a query to the metadata database, as its administrator."""
+    def postgres(self, query: str, database: str = "dagster") -> list[str]:
+        """Give the rows of a query to the metadata database, or to another one of its server, as its administrator."""
         return self.host.check_output(
-            "docker exec dagster-postgres psql --username=postgres --dbname=dagster "
-            "--tuples-only --no-align --command=%s",
+            "docker exec dagster-postgres psql --username=postgres --dbname=%s --tuples-only --no-align --command=%s",
+            database,
             query,
         ).splitlines()
 

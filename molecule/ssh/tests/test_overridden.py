@@ -42,6 +42,11 @@ def test_services_run_and_restart_on_an_older_debian(host: Any, platform: Platfo
     assert platform.finished(platform.launch("smoke")) == "SUCCESS"
 
 
+def test_postgresql_is_of_the_version_asked_for(platform: Platform) -> None:
+    assert platform.postgres("show server_version_num")[0].startswith(str(OVERRIDDEN["images_postgres_version"]))
+    assert platform.postgres("show data_directory") == ["/var/lib/data-platform/postgres/15"]
+
+
 def test_dagster_runs_with_its_settings(host: Any) -> None:
     shown = json.loads(host.check_output("docker exec dagster-daemon python -c %s", SETTINGS))
     assert shown == {name: OVERRIDDEN[name] for name in shown}

@@ -17,7 +17,9 @@ HOME = "/var/lib/data-platform/upgrade"
 JOURNAL = f"{HOME}/unfinished"
 PREVIOUS = ROOT / ".cache" / "upgrade"
 OLD_REVISION, NEW_REVISION = "7e2f3204cf8e", "29b539ebc72a"
-UPGRADE = "playbooks/upgrade.yml"
+UPGRADE, UPGRADE_POSTGRES = "playbooks/upgrade.yml", "playbooks/upgrade_postgres.yml"
+NEW_POSTGRES = "--extra-vars=images_postgres_version=17"
+CLUSTERS = "/var/lib/data-platform/postgres"
 SENTENCE = "is not finished, so dagster-webserver does not start: run playbooks/upgrade.yml again."
 TABLES = "select tablename from pg_tables where schemaname = 'public' order by 1"
 TICKING = {"daemon_heartbeats", "job_ticks"}
@@ -140,9 +142,12 @@ def test_other_version_is_refused_before_any_change(host: Any, upgrade: Play, pl
 @pytest.mark.parametrize("playbook", ["playbooks/site.yml", UPGRADE])
 def test_new_major_version_of_postgresql_is_refused_before_any_change(host: Any, upgrade: Play, playbook: str) -> None:
     before = containers(host)
-    status, said = upgrade("--extra-vars=images_postgres_version=18", playbook=playbook)
+    status, said = upgrade(NEW_POSTGRES, playbook=playbook)
     assert status != 0
-    assert "The metadata of this host are of PostgreSQL 17, and images_postgres_version is 18" in said
+    assert (
+        "The metadata of this host are of PostgreSQL 15, and images_postgres_version is 17, which cannot read them: "
+        "run playbooks/upgrade_postgres.yml, which moves them, or leave it at 15." in said
+    )
     assert "changed=0" in said
     assert containers(host) == before
 
@@ -215,29 +220,35 @@ def test_run_that_takes_too_long_stops_the_upgrade_and_nothing_else(
 def killed(inventory: str, host: Any) -> Iterator[Callable[..., None]]:
     """Start the upgrade, and kill it: the program on the host in a step of its journal, or the play in a task."""
 
-    def start() -> subprocess.Popen:
-        command = ["ansible-playbook", f"--inventory={inventory}", UPGRADE]
+    def start(*command: str) -> subprocess.Popen:
+        command = ["ansible-playbook", f"--inventory={inventory}", *command]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, start_new_session=True, **output
         )
 
-    def at_step(step: str, seconds: float) -> None:
-        process = start()
+    def at_step(*command: str, step: str, seconds: float) -> None:
+        process = start(*command)
         watch = f'until grep -qs \'"step": "{step}"\' {JOURNAL}; do sleep 0.05; done; sleep {seconds}'
         host.check_output("timeout 240 bash -c %s", f"{watch}; kill -KILL $(cat {HOME}/lock)")
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
     def in_task(task: str) -> None:
-        process = start()
+        process = start(UPGRADE)
         assert process.stdout
         while f"TASK [{task}" not in (line := process.stdout.readline()):
             assert line, f"The play ended before '{task}'."
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
-    yield lambda step="", task="", seconds=0.2: at_step(step, seconds) if step else in_task(task)
+    def kill(*command: str, step: str = "", task: str = "", seconds: float = 0.2) -> None:
+        if step:
+            at_step(*command or [UPGRADE], step=step, seconds=seconds)
+        else:
+            in_task(task)
+
+    yield kill
 
 
 KILLS = [
@@ -368,3 +379,82 @@ def test_refreshed_base_is_an_upgrade_of_all_services(
     assert (after["revision"], after["schedules"]) == (before["revision"], before["schedules"])
     assert {name for name, image in described(host)["images"].items() if image != made[name]} == set(SERVICES)
     assert platform.finished(platform.launch("smoke")) == "SUCCESS"
+
+
+def test_move_of_postgresql_without_packages_changes_nothing(host: Any, upgrade: Play) -> None:
+    before = described(host), containers(host)
+    status, said = upgrade("--extra-vars=images_postgres_version=99", playbook=UPGRADE_POSTGRES)
+    assert status != 0
+    assert "Unable to locate package postgresql-99" in said
+    assert (described(host), containers(host)) == before
+
+
+def test_failing_move_of_postgresql_returns_to_what_was_before(
+    host: Any, platform: Platform, upgrade: Play, record: Callable[..., None]
+) -> None:
+    platform.postgres("create extension adminpack")  # PostgreSQL 17 has none
+    before, made = data(host, platform), described(host)
+    started = time.monotonic()
+    status, said = upgrade(NEW_POSTGRES, playbook=UPGRADE_POSTGRES)
+    record("move of PostgreSQL that fails: with its image built, and return", time.monotonic() - started)
+    assert status != 0
+    assert 'extension "adminpack" is not available' in said
+    assert "The platform is as it was before" in said
+    assert (data(host, platform), described(host)) == (before, made)
+    assert host.check_output("ls %s", CLUSTERS) == "15"
+    assert states(host) == ["active"] * 4
+    platform.postgres("drop extension adminpack")
+
+
+def test_killed_move_of_postgresql_is_finished_by_the_next_and_all_data_are_there(
+    host: Any, platform: Platform, upgrade: Play, killed: Callable[..., None], record: Callable[..., None]
+) -> None:
+    role = "select rolpassword, has_table_privilege('reader', 'runs', 'select') from pg_authid where rolname = 'reader'"
+    platform.postgres("create role reader login password 'of the reader'; grant select on runs to reader")
+    platform.postgres("create database reports owner reader")
+    platform.postgres("create table numbers as select * from generate_series(1, 1000)", "reports")
+    idle(host, platform)
+    before, made, reader = data(host, platform), described(host), platform.postgres(role)
+    runs = set(platform.postgres("select run_id || status from runs"))
+
+    killed(UPGRADE_POSTGRES, NEW_POSTGRES, step="migrating", seconds=2.0)
+    settle(host, platform)
+    refuses_to_start(host)
+    assert host.check_output("ls %s", CLUSTERS).split()[0] == "15"
+    started = time.monotonic()
+    status, said = upgrade(NEW_POSTGRES, playbook=UPGRADE_POSTGRES)
+    assert status == 0, said
+    record("move of PostgreSQL after one that was killed, image built before", time.monotonic() - started)
+
+    moved = f"Moved PostgreSQL from {CLUSTERS}/15, which stays as it was, to {CLUSTERS}/17: [0-9]+ rows in both"
+    assert re.search(moved, said)
+    assert "Ran the job smoke" in said
+    assert platform.postgres("show server_version_num")[0].startswith("17")
+    assert host.check_output("cat %s/15/PG_VERSION %s/17/PG_VERSION", CLUSTERS, CLUSTERS).split() == ["15", "17"]
+    after = data(host, platform)
+    assert (after["revision"], after["schedules"]) == (before["revision"], before["schedules"])
+    grown = {row.split()[0]: int(row.split()[1]) for row in after["rows"]}
+    assert [row for row in before["rows"] if int(row.split()[1]) > grown[row.split()[0]]] == []
+    assert set(platform.postgres("select run_id || status from runs")) >= runs
+    assert platform.postgres(role) == reader
+    assert platform.postgres("select count(*), sum(generate_series) from numbers", "reports") == ["1000|500500"]
+    images = described(host)["images"]
+    assert {name for name in SERVICES if images[name] != made["images"][name]} == {"dagster-postgres"}
+    assert platform.finished(platform.launch("smoke")) == "SUCCESS"
+    idle(host, platform)
+
+
+def test_platform_with_moved_postgresql_is_what_site_yml_makes(host: Any, play: Callable[..., int]) -> None:
+    before = containers(host)
+    assert play(NEW_POSTGRES) == 0
+    assert containers(host) == before
+
+
+@pytest.mark.parametrize("playbook", ["playbooks/site.yml", UPGRADE, UPGRADE_POSTGRES])
+def test_older_postgresql_is_refused_before_any_change(host: Any, upgrade: Play, playbook: str) -> None:
+    before = described(host), containers(host)
+    status, said = upgrade(playbook=playbook)
+    assert status != 0
+    assert "are of PostgreSQL 17, and images_postgres_version is 15, which cannot read them: leave it at 17." in said
+    assert "changed=0" in said
+    assert (described(host), containers(host)) == before

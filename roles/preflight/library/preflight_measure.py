@@ -73,8 +73,8 @@ versions:
   description: Versions that the data belong to, by package; empty where that is not known.
   type: dict
 postgres:
-  description: Major versions of PostgreSQL that there are data of.
-  type: list
+  description: Major version of PostgreSQL that the metadata belong to; empty if there are none.
+  type: str
 unfinished:
   description: When an upgrade began that is not finished; empty if there is none.
   type: str
@@ -132,19 +132,32 @@ def snapshots(warehouse: Path, published: Path, kept: int) -> dict[str, int]:
 def versions(units: Path = UNITS, data: Path = DATA) -> dict[str, str]:
     """Give the versions that the data belong to, by package, as the webserver's unit names them.
 
-    In an upgrade that is not finished the unit may be the new one; then the one that was kept counts. Of a platform
-    that was taken off, its last unit is beside the data. There are none if the unit is older than the line.
+    Of a platform that was taken off, its last unit is beside the data. There are none if the unit is older than the
+    line.
     """
-    kept = journal(data).get("step") not in (None, "draining", "saving")
-    unit = (data / "upgrade" / "from" if kept else Path("/")) / str(units).lstrip("/") / "dagster-webserver.service"
-    unit = unit if unit.is_file() else data / "dagster" / "last-unit"
-    found = re.search(r"^Versions=(.+)$", unit.read_text() if unit.is_file() else "", re.MULTILINE)
+    last = data / "dagster" / "last-unit"
+    text = unit("dagster-webserver", units, data) or (last.read_text() if last.is_file() else "")
+    found = re.search(r"^Versions=(.+)$", text, re.MULTILINE)
     return dict(word.split("=", 1) for word in found[1].split()) if found else {}
 
 
-def postgres(data: Path = DATA) -> list[str]:
-    """Give the major versions of PostgreSQL that there are data of, as the data themselves say."""
-    return sorted(file.read_text().strip() for file in data.glob("postgres/*/PG_VERSION"))
+def postgres(units: Path = UNITS, data: Path = DATA) -> str:
+    """Give the major version of PostgreSQL that the metadata belong to, as its unit says; empty if there are none.
+
+    Data that an upgrade left behind stay beside them. Of a platform that was taken off, the newest count.
+    """
+    there = sorted(
+        (file.parent.name for file in data.glob("postgres/*/PG_VERSION")), key=lambda name: (len(name), name)
+    )
+    found = re.search(r'PGDATA=[^"\s]*/([^"/\s]+)', unit("dagster-postgres", units, data))
+    return found[1] if found and found[1] in there else (there or [""])[-1]
+
+
+def unit(name: str, units: Path, data: Path) -> str:
+    """Give the text of a unit: in an upgrade that is not finished, of the one that was kept; empty if there is none."""
+    kept = journal(data).get("step") not in (None, "draining", "saving")
+    file = (data / "upgrade" / "from" if kept else Path("/")) / str(units).lstrip("/") / f"{name}.service"
+    return file.read_text() if file.is_file() else ""
 
 
 def journal(data: Path = DATA) -> dict[str, str]:

@@ -3,13 +3,15 @@
 
     upgrade begin [--patience SECONDS] [--dumped-elsewhere]
                          let runs end, stop the services, keep a copy of all data and of the configuration
-    upgrade finish UNIT… with the new configuration in place: migrate the metadata, start UNIT…, prove that they work
+    upgrade finish UNIT… with the new configuration in place: migrate the metadata, start UNIT…, prove that they work;
+                         if it names another directory of PostgreSQL, move all that the server held there first
     upgrade revert       return to the data and the configuration that were kept
     upgrade halt         if an upgrade is not finished, stop all services (systemd runs it when one of the others ended)
 
 From the beginning of an upgrade to its end there is a journal, which says how far it got. While it is there, no service
 starts (container-unit prepare), but those that this program lets start until the next boot. An upgrade that was killed
-is begun again, and takes up what is there; the copy that was made before the first change is never made again.
+is begun again, and takes up what is there; the copy that was made before the first change is never made again. The
+directory that PostgreSQL was moved from stays as it was.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 UNITS = Path("/etc/systemd/system")
 CONFIG = Path("/etc/data-platform")
@@ -54,6 +57,14 @@ with psycopg2.connect(os.environ["DATA_PLATFORM_METADATA"], connect_timeout=10) 
     print(cursor.fetchone()[0])
 """
 """Counts the runs in progress, in the webserver's container."""
+
+DATABASES = "SELECT datname FROM pg_database WHERE datallowconn AND NOT datistemplate AND datname <> 'postgres'"
+ROWS = """
+    SELECT format('%I.%I ', schemaname, tablename) || (xpath('/row/count/text()',
+        query_to_xml(format('SELECT count(*) FROM %I.%I', schemaname, tablename), false, true, '')))[1]
+    FROM pg_tables WHERE schemaname NOT IN ('pg_catalog', 'information_schema')
+"""
+"""Counts the rows of each table of a database."""
 
 LOCATIONS = """
 import json, urllib.request
@@ -93,7 +104,8 @@ class State:
         self.home = DATA / "upgrade"
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.journal = self.home / "unfinished"
-        self.dump = self.home / "metadata.dump"
+        self.databases = self.home / "databases"
+        self.dump = self.databases / f"{DATABASE}.dump"
         self.warehouse = self.home / "warehouse"
         self.before = self.home / "from"
 
@@ -154,10 +166,10 @@ def units() -> list[str]:
     return [file.stem for file in sorted(UNITS.glob("dagster-*.service")) if "[X-Container]" in file.read_text()]
 
 
-def container(unit: str) -> tuple[list[str], list[str], str]:
+def container(unit: str, folder: Path | None = None) -> tuple[list[str], list[str], str]:
     """Give options, command and image of a unit's container, without what only one container can have."""
     parser = configparser.ConfigParser(strict=False, interpolation=None, allow_no_value=True)
-    parser.read_string((UNITS / f"{unit}.service").read_text())
+    parser.read_string(((folder or UNITS) / f"{unit}.service").read_text())
     plain = shlex.split(parser["Service"]["ExecStart"].replace("\\\n", " "))
     words = [word.replace("$$", "$").replace("%%", "%") for word in plain]
     image = parser["X-Container"]["Image"]
@@ -222,14 +234,20 @@ def size(*paths: Path) -> int:
     return sum(file.lstat().st_blocks * 512 for file in files)
 
 
+def cluster(folder: Path | None = None) -> Path:
+    """Give the directory that PostgreSQL keeps its data in, as its unit says, or the one in another folder."""
+    (found,) = (word for word in container(POSTGRES, folder)[0] if word.startswith("PGDATA="))
+    return DATA / "postgres" / Path(found).name
+
+
 def room(state: State, external: bool) -> None:
-    """See whether there is room for the copies and for a second database while the dump is read back.
+    """See whether there is room for the copies and for a second database while they are read back.
 
     Raises:
         Failure: There is not.
     """
-    need = size(DATA / "warehouse") + (0 if external else 2 * size(*DATA.glob("postgres/*/base"))) + KEPT_FREE
-    free = shutil.disk_usage(state.home).free + size(state.dump, state.warehouse, state.before)
+    need = size(DATA / "warehouse") + (0 if external else 2 * size(cluster() / "base")) + KEPT_FREE
+    free = shutil.disk_usage(state.home).free + size(state.databases, state.warehouse, state.before)
     if free < need:
         raise Failure(
             f"{DATA} has {free >> 20} MiB free, and the copies of an upgrade need {need >> 20}: make room there. "
@@ -282,21 +300,35 @@ def in_progress() -> int:
 
 
 def save(state: State, external: bool) -> None:
-    """Keep a copy of the metadata, the warehouse and the configuration; nothing writes to them now.
+    """Keep a copy of all databases, the warehouse and the configuration; nothing writes to them now.
 
     Raises:
         Failure: A copy could not be made.
     """
-    for old in (state.dump, state.warehouse, state.before):
+    for old in (state.databases, state.warehouse, state.before):
         remove(old)
     if not external:
         start(POSTGRES)
-        with new(state.dump) as path, path.open("wb") as file:
-            run("docker", "exec", POSTGRES, "pg_dump", "--username=postgres", "--format=custom", DATABASE, stdout=file)
-            file.flush()
-            os.fsync(file.fileno())
-            with path.open("rb") as dump:
-                run("docker", "exec", "--interactive", POSTGRES, "pg_restore", "--list", stdin=dump)
+        with new(state.databases) as path:
+            path.mkdir()
+            for name in psql(DATABASES):
+                dump = path / f"{quote(name, safe='')}.dump"
+                with dump.open("wb") as file:
+                    run(
+                        "docker",
+                        "exec",
+                        POSTGRES,
+                        "pg_dump",
+                        "--username=postgres",
+                        "--format=custom",
+                        name,
+                        stdout=file,
+                    )
+                with dump.open("rb") as file:
+                    run("docker", "exec", "--interactive", POSTGRES, "pg_restore", "--list", stdin=file)
+                dump.with_suffix(".rows").write_text("\n".join(sorted(psql(ROWS, name))))
+            with (path / "roles.sql").open("wb") as file:
+                run("docker", "exec", POSTGRES, "pg_dumpall", "--username=postgres", "--globals-only", stdout=file)
     if (DATA / "warehouse").exists():
         with new(state.warehouse) as path:
             run("cp", "--archive", "--reflink=auto", str(DATA / "warehouse"), str(path))
@@ -337,7 +369,10 @@ def bring_back_data(state: State) -> None:
     Raises:
         Failure: The database refuses.
     """
-    if state.dump.exists():
+    if moved := state.read().get("moved"):
+        for name in (moved, f"{moved}.new"):
+            remove(DATA / "postgres" / name)
+    elif state.dump.exists():
         start(POSTGRES)
         psql(f"DROP DATABASE IF EXISTS {DATABASE}_kept WITH (FORCE)")
         psql(f"CREATE DATABASE {DATABASE}_kept OWNER {DATABASE} TEMPLATE template0")
@@ -355,14 +390,41 @@ def bring_back_data(state: State) -> None:
         bring_back(state.warehouse, DATA / "warehouse")
 
 
-def psql(statement: str) -> None:
-    """Have the database server do something, as its administrator.
+def psql(statement: str, database: str = "postgres") -> list[str]:
+    """Have the database server do something, as its administrator; give the lines of the answer.
 
     Raises:
         Failure: It refuses.
     """
-    options = ["--username=postgres", "--dbname=postgres", "--quiet", "--set=ON_ERROR_STOP=1"]
-    run("docker", "exec", POSTGRES, "psql", *options, f"--command={statement}")
+    options = ["--username=postgres", f"--dbname={database}", "--no-align", "--tuples-only", "--quiet"]
+    done = run("docker", "exec", POSTGRES, "psql", *options, "--set=ON_ERROR_STOP=1", f"--command={statement}")
+    return done.stdout.splitlines()
+
+
+def move(state: State) -> int:
+    """Bring all databases and roles that were kept into PostgreSQL's new directory; give the number of their rows.
+
+    Raises:
+        Failure: The new server refuses, or does not hold the same afterwards.
+    """
+    start(POSTGRES)
+    psql(f"DROP DATABASE {DATABASE}")
+    psql(f"DROP ROLE {DATABASE}")
+    inside, count = ["docker", "exec", "--interactive", POSTGRES], 0
+    kept = (state.databases / "roles.sql").read_text().splitlines()
+    roles = "\n".join(line for line in kept if line != "CREATE ROLE postgres;")
+    run(*inside, "psql", "--username=postgres", "--quiet", "--set=ON_ERROR_STOP=1", input=roles)
+    for path in sorted(state.databases.glob("*.dump")):
+        name = unquote(path.stem)
+        with path.open("rb") as dump:
+            restore = ["pg_restore", "--username=postgres", "--create", "--exit-on-error", "--dbname=postgres"]
+            run(*inside, *restore, stdin=dump)
+        before, after = path.with_suffix(".rows").read_text().splitlines(), sorted(psql(ROWS, name))
+        if other := set(before) ^ set(after):
+            raise Failure(f"The database {name} does not hold what it held before: {', '.join(sorted(other)[:3])}.")
+        count += sum(int(line.rpartition(" ")[2]) for line in after)
+    run("docker", "exec", POSTGRES, "vacuumdb", "--username=postgres", "--all", "--analyze-only", "--quiet")
+    return count
 
 
 def bring_back(kept: Path, there: Path) -> None:
@@ -451,14 +513,14 @@ def begin(state: State, patience: float, dumped_elsewhere: bool) -> None:
         save(state, external)
         stop(*names)
         state.write(step="saved")
-        kept = f"{size(state.dump) >> 10} KiB of metadata, {size(state.warehouse) >> 20} MiB of warehouse"
+        kept = f"{size(state.databases) >> 10} KiB of metadata, {size(state.warehouse) >> 20} MiB of warehouse"
         clock.tell(f"Stopped the services and kept a copy in {state.home}: {kept}")
         return
     stop(*names)
     if journal["touched"]:
         bring_back_data(state)
         clock.tell("Brought the data back to what they were before the upgrade that was not finished")
-    state.write(step="saved", touched=False)
+    state.write(step="saved", touched=False, moved="")
 
 
 def finish(state: State, names: list[str]) -> None:
@@ -472,8 +534,15 @@ def finish(state: State, names: list[str]) -> None:
         raise Failure("No upgrade has begun, or its services are not stopped: run playbooks/upgrade.yml.")
     run("systemctl", "daemon-reload")
     run("systemctl", "enable", "--quiet", *names)
-    state.write(step="migrating", touched=True)
-    if POSTGRES in names:
+    kept = state.before / UNITS.relative_to("/")
+    wanted = cluster() if POSTGRES in names and state.dump.exists() and cluster(kept) != cluster() else None
+    if wanted and wanted.exists():
+        raise Failure(f"{wanted}, which PostgreSQL is to have its data in, is there already: move it away.")
+    state.write(step="migrating", touched=True, moved=wanted.name if wanted else "")
+    if wanted:
+        count = move(state)
+        clock.tell(f"Moved PostgreSQL from {cluster(kept)}, which stays as it was, to {wanted}: {count} rows in both")
+    elif POSTGRES in names:
         start(POSTGRES)
     try:
         once(WEBSERVER, "dagster", "instance", "migrate")
