@@ -487,6 +487,10 @@ def test_runs_that_are_processes_of_services_are_counted_in_the_database(host: H
             "Traceback\na.b.ProgrammingError: (psycopg2.X) denied\n(Background on this)",
             "a.b.ProgrammingError: (psycopg2.X) denied",
         ),
+        (
+            'pg_restore: error: no query: ERROR:  extension "x" is not available\nHINT:  None.\nCommand was: CREATE',
+            'pg_restore: error: no query: ERROR:  extension "x" is not available',
+        ),
         ("first\nlast\n\n", "last"),
         ("", "it says nothing"),
     ],

@@ -13,6 +13,7 @@ REPORTS = ["on_time_report"]
 STEPS = ["raw__airlines", "raw__airports", "raw__flights", "raw__weather", "dbt_models", "reports__on_time_report"]
 OUTCOME = ["Success", "Errored (0)", "RUN_SUCCESS"]
 CHECKS = ["not_null_delays_by_weather_on_time_share", "weather_mart_counts_every_flight_once"]
+SHIPPED = ["code version", "revision", "deployed", "deployed by"]
 PICTURES = ROOT / ".cache" / "ui"
 
 LAST_RUN = """
@@ -67,6 +68,7 @@ def pages(host: Any, platform: Platform, run: str) -> dict[str, str]:
         ("marts", f"{ui}/locations/core/asset-groups/marts", [*MARTS, "Materialized"]),
         ("reports", f"{ui}/locations/core/asset-groups/reports", [*REPORTS, "Materialized"]),
         ("run", f"{ui}/runs/{run}", [*STEPS, *OUTCOME]),
+        ("location", f"{ui}/locations/core", SHIPPED),
         ("checks", f"{ui}/assets/marts/delays_by_weather?view=checks", ["Checks (5)", *CHECKS]),
     ]
     seen = json.loads(host.check_output("python3 -c %s %s", BROWSER, json.dumps(wanted)))
@@ -92,6 +94,11 @@ def test_run_shows_its_steps(pages: dict[str, str]) -> None:
 def test_asset_shows_its_checks(pages: dict[str, str]) -> None:
     lines = pages["checks"].splitlines()
     assert [lines[lines.index(check) + 1] for check in CHECKS] == ["Succeeded"] * len(CHECKS)
+
+
+def test_code_location_shows_what_was_shipped_and_when(host: Any, pages: dict[str, str]) -> None:
+    image = host.check_output("docker inspect --format '{{.Config.Image}}' dagster-code")
+    assert [shown for shown in [*SHIPPED, image] if shown not in pages["location"]] == []
 
 
 def test_pictures_are_kept(pages: dict[str, str]) -> None:

@@ -91,8 +91,8 @@ def run(*command: str, check: bool = True, **options: object) -> subprocess.Comp
         command, stderr=subprocess.PIPE, text=True, check=False, **{"stdout": subprocess.PIPE, **options}
     )
     if check and result.returncode:
-        lines = (result.stderr.strip() or (result.stdout or "").strip() or f"status {result.returncode}").splitlines()
-        raise Failure(f"'{' '.join(command[:3])}' failed: {lines[-1]}")
+        output = result.stderr.strip() or (result.stdout or "").strip() or f"status {result.returncode}"
+        raise Failure(f"'{' '.join(command[:3])}' failed: {reason(output)}")
     return result
 
 
@@ -195,9 +195,9 @@ def once(unit: str, *command: str) -> str:
 
 
 def reason(output: str) -> str:
-    """Give the line that says why a program failed: the last that names an exception, or else the last."""
+    """Give the line that says why a program failed: the last that names an exception or an error, or else the last."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Failure)\b.*: ", line)]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Failure)\b.*: |.*\b(error|ERROR): ", line)]
     return (named or lines or ["it says nothing"])[-1]
 
 
