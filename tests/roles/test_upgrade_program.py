@@ -55,7 +55,7 @@ class Host:
         (self.data / "postgres/17/base").mkdir(parents=True)
         (self.programs / "upgrade").write_text("the program itself")
         self.clusters, self.new_postgres, self.lost = {"17": dict(OLD)}, "17", ""
-        self.active, self.in_progress = set(NAMES), [0]
+        self.active, self.in_progress, self.commands = set(NAMES), [0], ["0", "0", "0"]
         self.locations: list[dict[str, Any]] = [LOADED]
         self.calls: list[str] = []
         self.helper = ""
@@ -63,7 +63,7 @@ class Host:
         self.kill_at, self.count = 0, 0
         self.describe(1)
         real = program.State.write, program.Path.rename, program.remove
-        for name in ("units", "config", "programs", "data", "runtime"):
+        for name in ("units", "config", "programs", "data", "runtime", "root"):
             monkeypatch.setattr(program, name.upper(), getattr(self, name))
         monkeypatch.setattr(program, "run", self.run)
         monkeypatch.setattr(program.State, "write", lambda *args, **values: self.dies() or real[0](*args, **values))
@@ -81,10 +81,12 @@ class Host:
             text = UNIT.format(name=name, image=f"data-platform/{name}:{version}", command=command, options=options)
             (self.units / f"{name}.service").write_text(text)
         (self.config / "dagster.yaml").write_text(f"version: {version}")
-        (self.data / "deployments" / "core.json").write_text(f"image {version}")
+        (self.data / "deployments" / "core.json").write_text(f'"image {version}"')
         (self.programs / "container-unit").write_text(f"version {version}")
+        (self.root / "usr/local/bin").mkdir(parents=True, exist_ok=True)
+        (self.root / "usr/local/bin/data-platform-sql").write_text(f"version {version}")
         added = {
-            self.data / "deployments" / "new.json": "image 2",
+            self.data / "deployments" / "new.json": '"image 2"',
             self.config / "new.yaml": "",
             self.units / "dagster-code-new.service": UNIT.format(name="x", image="new:2", command="", options=""),
         }
@@ -131,7 +133,8 @@ class Host:
         if words[:2] == ("systemctl", "stop"):
             self.active -= set(words[2:])
         elif words[:2] == ("systemctl", "start"):
-            may = (self.runtime / "data-platform-upgrade").read_text().split()
+            allowed = self.runtime / "data-platform-upgrade"
+            may = allowed.read_text().split() if allowed.exists() else []
             refused = set(words[2:]) - set(may) if self.state.journal.exists() else set()
             self.active |= set(words[2:]) - refused
             if "dagster-postgres" in words and not self.program.cluster().exists():
@@ -143,6 +146,8 @@ class Host:
         elif "container ls" in line:
             number = self.in_progress.pop(0) if len(self.in_progress) > 1 else self.in_progress[0]
             return 0, "id\n" * number
+        elif words[:2] == ("docker", "inspect"):
+            return 0, "\n".join(self.commands)
         elif words[:2] == ("docker", "exec"):
             name = words[3] if words[2] == "--interactive" else words[2]
             assert options.get("input", "CREATE ROLE dagster;") == "CREATE ROLE dagster;"
@@ -305,19 +310,24 @@ def test_runs_are_waited_for_and_too_long_ones_change_nothing(host: Host, capsys
     assert host.do("begin", "--patience=-1") == 1
     assert "1 run is still in progress" in capsys.readouterr().err
     assert host.active == set(NAMES) - {"dagster-daemon"}
-    assert host.do("revert") == 0
-    assert (host.active, host.files()) == (set(NAMES), before)
+    assert (host.do("halt"), host.active, host.files()) == (0, set(NAMES), before)
+    assert not host.state.journal.exists()
 
 
 def test_full_disk_is_refused_before_anything_is_changed(
     host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    usage = host.program.shutil.disk_usage(host.root)
-    monkeypatch.setattr(host.program.shutil, "disk_usage", lambda path: usage._replace(free=100 << 20))
-    before = host.files()
+    usage, home = host.program.shutil.disk_usage(host.root), f"{host.data}/upgrade"
+    (host.data / "warehouse" / "warehouse.duckdb").write_bytes(b"x" * (3 << 20))
+    before, free = host.files(), {home: 100 << 20}
+    monkeypatch.setattr(host.program.shutil, "disk_usage", lambda path: usage._replace(free=free[str(path)]))
     assert host.do("begin") == 1
-    assert f"{host.data} has 100 MiB free, and the copies of an upgrade need 512" in capsys.readouterr().err
-    assert (host.calls, host.files(), host.state.journal.exists()) == ([], before, False)
+    assert f"{home} has 100 MiB free, and an upgrade needs 518: make room there." in capsys.readouterr().err
+    monkeypatch.setattr(host.program, "same_device", lambda one, other: False)
+    free |= {home: 516 << 20, f"{host.data}/warehouse": 514 << 20}
+    assert host.do("begin") == 1
+    assert f"{host.data}/warehouse has 514 MiB free, and an upgrade needs 515" in capsys.readouterr().err
+    assert (host.active, host.files(), host.state.journal.exists()) == (set(NAMES), before, False)
 
 
 def test_database_elsewhere_needs_its_owner_s_word(host: Host, capsys: pytest.CaptureFixture) -> None:
@@ -472,11 +482,66 @@ def test_revert_killed_anywhere_is_finished_by_the_next(
             assert (host.config / "new.yaml").exists()
 
 
+def test_what_services_write_after_a_revert_is_not_undone_by_the_next_upgrade(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed(host)
+
+    def dies(state: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(host.program.State, "end", dies)
+        host.do("revert")
+    assert host.active == set(NAMES)
+    host.databases["dagster"] = "runs of new"
+    (host.data / "warehouse" / "warehouse.duckdb").write_text("tables of new")
+    assert host.play() == 0
+    assert host.databases == {"dagster": "migrated runs of new, smoke"}
+    assert (host.state.warehouse / "warehouse.duckdb").read_text() == "tables of new"
+
+
+def test_runs_that_the_new_daemon_began_end_before_the_data_are_brought_back(host: Host) -> None:
+    failed(host)
+    host.in_progress = [2]
+    assert host.do("revert") == 0
+    removed, restored = (
+        next(number for number, line in enumerate(host.calls) if start in line)
+        for start in ("docker rm --force --volumes id id", "pg_restore --username=postgres --exit-on-error")
+    )
+    assert removed < restored
+
+
+def test_what_was_broken_before_is_known_after_a_kill(host: Host) -> None:
+    host.locations = [BROKEN, LOADED]
+    host.fails["pg_dump"] = "no"
+    assert host.do("begin") == 1
+    host.fails.clear()
+    host.do("halt")
+    assert "dagster-webserver" not in host.active
+    assert host.play() == 0
+
+
+def test_records_of_the_code_are_kept_as_they_were_before_this_change(host: Host) -> None:
+    (host.data / "deployments" / "lock").write_text('{"records": {"core": {"image": "before"}}}')
+    (host.data / "deployments" / "new.json").write_text('{"image": "after"}')
+    failed(host)
+    assert host.do("revert") == 0
+    assert json.loads((host.data / "deployments" / "core.json").read_text()) == {"image": "before"}
+    assert not (host.data / "deployments" / "new.json").exists()
+
+
 def test_runs_that_are_processes_of_services_are_counted_in_the_database(host: Host) -> None:
     (host.config / "runs" / "runs.json").unlink()
     host.locations = 3
     assert host.program.in_progress() == 3
+    host.commands = ["2", "0", "0"]
+    assert host.program.in_progress() == 5
+    host.active.remove("dagster-webserver")
+    with pytest.raises(host.program.Failure, match="dagster-webserver does not say whether runs are in progress"):
+        host.program.in_progress()
     host.active.clear()
+    host.commands = []
     assert host.program.in_progress() == 0
 
 
@@ -515,7 +580,7 @@ def test_no_unit_starts_while_an_upgrade_is_not_finished(service: ModuleType, tm
         service.refuse_while_upgrading(unit)
     assert str(refused.value) == (
         "An upgrade that began at 2026-01-31 12:00:00 +0000 is not finished, so dagster-webserver does not start: "
-        "run playbooks/upgrade.yml again."
+        "run the playbook of that upgrade again."
     )
     (tmp_path / "data-platform-upgrade").write_text("dagster-postgres\ndagster-webserver")
     service.refuse_while_upgrading(unit)

@@ -20,7 +20,7 @@ OLD_REVISION, NEW_REVISION = "7e2f3204cf8e", "29b539ebc72a"
 UPGRADE, UPGRADE_POSTGRES = "playbooks/upgrade.yml", "playbooks/upgrade_postgres.yml"
 NEW_POSTGRES = "--extra-vars=images_postgres_version=17"
 CLUSTERS = "/var/lib/data-platform/postgres"
-SENTENCE = "is not finished, so dagster-webserver does not start: run playbooks/upgrade.yml again."
+SENTENCE = "is not finished, so dagster-webserver does not start: run the playbook of that upgrade again."
 TABLES = "select tablename from pg_tables where schemaname = 'public' order by 1"
 TICKING = {"daemon_heartbeats", "job_ticks"}
 """Tables that the daemon writes to all the time."""
@@ -32,7 +32,7 @@ SCHEDULES = """
 { repositoriesOrError { ... on RepositoryConnection { nodes {
     schedules { name scheduleState { status } } sensors { name sensorState { status } } } } } }
 """
-WORKSPACE = "--workspace=/etc/data-platform/workspace/workspace.yaml --location=core"
+WORKSPACE = "--workspace=/etc/data-platform/workspace/workspace.yaml"
 NOWHERE = {"name": "core", "source": "code/data-platform", "module": "nowhere"}
 DENY = """
 alter table alembic_version owner to postgres; revoke all on alembic_version from dagster;
@@ -61,11 +61,24 @@ def upgrade(inventory: str) -> Play:
 def used(host: Any, platform: Platform) -> None:
     """The platform as somebody has used it: runs, tables, a schedule that is on, and sensors that are off."""
     for sensor in ("changed_warehouse", "landing_folder"):
-        host.check_output(f"docker exec dagster-webserver dagster sensor stop {sensor} {WORKSPACE}")
+        host.check_output(f"docker exec dagster-webserver dagster sensor stop {sensor} {WORKSPACE} --location=core")
+    each_minute(host, "stop")
     idle(host, platform)
     assert platform.finished(platform.launch("smoke")) == "SUCCESS"
     selector = {"scheduleName": "daily_refresh", "repositoryName": "__repository__", "repositoryLocationName": "core"}
     platform.graphql(SCHEDULE, selector=selector)
+
+
+def each_minute(host: Any, what: str) -> None:
+    """Start or stop the schedule of the location workload."""
+    host.check_output(
+        f"docker exec dagster-webserver dagster schedule {what} each_minute {WORKSPACE} --location=workload"
+    )
+
+
+def patient(platform: Platform, seconds: float) -> str:
+    """Launch a run that takes so long; give its ID."""
+    return platform.launch("patient", location="workload", config={"wait": {"seconds": seconds}})
 
 
 def idle(host: Any, platform: Platform) -> None:
@@ -297,7 +310,7 @@ def test_services_stay_down_after_a_boot_in_the_middle(
     assert host.run("docker ps --quiet --filter name=^dagster-").stdout == ""
     for name in SERVICES:
         said = host.check_output("journalctl --boot --unit=%s --output=cat", name)
-        assert f"is not finished, so {name} does not start: run playbooks/upgrade.yml again." in said
+        assert f"is not finished, so {name} does not start: run the playbook of that upgrade again." in said
     host.check_output("systemctl stop 'dagster-*'")
     refuses_to_start(host)
     host.check_output("/usr/local/lib/data-platform/upgrade revert")
@@ -325,17 +338,22 @@ def test_killed_upgrade_is_finished_by_the_next_and_all_data_are_there(
     host: Any, platform: Platform, upgrade: Play, killed: Callable[..., None], record: Callable[..., None]
 ) -> None:
     before, made = data(host, platform), described(host)
-    for kill in [{"step": "migrating", "seconds": 3.0}]:
-        killed(**kill)
-        settle(host, platform)
-        refuses_to_start(host)
+    code = host.check_output("docker inspect --format '{{.Config.Image}}' dagster-code-workload")
+    each_minute(host, "start")
+    began = time.time()
+    progressing, queued = patient(platform, 40), [patient(platform, 10) for _ in range(12)]
+    killed(step="migrating", seconds=3.0)
+    settle(host, platform)
+    refuses_to_start(host)
+    containers_before = host.check_output("docker container ls --all --format '{{.Names}}'").split()
     status, said = upgrade(playbook="playbooks/site.yml")
     assert status != 0
-    assert "is not finished: run playbooks/upgrade.yml again" in said
+    assert "is not finished: run the playbook of that upgrade again" in said
     started = time.monotonic()
     status, said = upgrade()
     assert status == 0, said
     record("upgrade after one that was killed, images built before", time.monotonic() - started)
+    last_due = time.time() // 60
     assert "An upgrade was not finished: it is begun again." in said
     assert "Ran the job smoke" in said
     after = data(host, platform)
@@ -348,7 +366,21 @@ def test_killed_upgrade_is_finished_by_the_next_and_all_data_are_there(
     assert {name for name in SERVICES if images[name] != made["images"][name]} == set(SERVICES) - {"dagster-postgres"}
     assert states(host) == ["active"] * 4
     assert host.run("ls %s /run/data-platform-upgrade", JOURNAL).stdout == ""
+    assert {platform.finished(run) for run in (progressing, *queued)} == {"SUCCESS"}
+    launched = [
+        host.check_output("docker inspect --format '{{.Config.Image}}' data-platform-run-%s", run) for run in queued
+    ]
+    assert [run for run in queued if f"data-platform-run-{run}" not in containers_before]
+    assert set(launched) == {code}  # that of the previous Dagster, with which they were queued
+    due = platform.postgres(
+        "select extract(epoch from value::timestamptz)::int / 60 from run_tags "
+        f"where key = '.dagster/scheduled_execution_time' and value::timestamptz > to_timestamp({began}) order by 1"
+    )
+    each_minute(host, "stop")
+    assert len(due) == len(set(due))
+    assert str(int(last_due)) in due  # of what was due while the daemon was away, Dagster runs the last
     assert platform.finished(platform.launch("smoke")) == "SUCCESS"
+    idle(host, platform)
 
 
 def test_upgraded_platform_is_what_site_yml_makes(host: Any, play: Callable[..., int], upgrade: Play) -> None:

@@ -146,16 +146,14 @@ def postgres(units: Path = UNITS, data: Path = DATA) -> str:
 
     Data that an upgrade left behind stay beside them. Of a platform that was taken off, the newest count.
     """
-    there = sorted(
-        (file.parent.name for file in data.glob("postgres/*/PG_VERSION")), key=lambda name: (len(name), name)
-    )
+    there = [file.parent.name for file in data.glob("postgres/*/PG_VERSION") if file.parent.name.isdigit()]
     found = re.search(r'PGDATA=[^"\s]*/([^"/\s]+)', unit("dagster-postgres", units, data))
-    return found[1] if found and found[1] in there else (there or [""])[-1]
+    return found[1] if found and found[1] in there else max(there, key=int, default="")
 
 
 def unit(name: str, units: Path, data: Path) -> str:
     """Give the text of a unit: in an upgrade that is not finished, of the one that was kept; empty if there is none."""
-    kept = journal(data).get("step") not in (None, "draining", "saving")
+    kept = journal(data).get("step") not in (None, "saving")
     file = (data / "upgrade" / "from" if kept else Path("/")) / str(units).lstrip("/") / f"{name}.service"
     return file.read_text() if file.is_file() else ""
 

@@ -169,7 +169,7 @@ def refuse_while_upgrading(unit: Unit) -> None:
         since = json.loads(UPGRADE.read_text())["since"]
         raise Failure(
             f"An upgrade that began at {since} is not finished, so {unit.name} does not start: "
-            "run playbooks/upgrade.yml again."
+            "run the playbook of that upgrade again."
         )
 
 

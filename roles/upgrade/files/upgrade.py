@@ -6,12 +6,13 @@
     upgrade finish UNIT… with the new configuration in place: migrate the metadata, start UNIT…, prove that they work;
                          if it names another directory of PostgreSQL, move all that the server held there first
     upgrade revert       return to the data and the configuration that were kept
-    upgrade halt         if an upgrade is not finished, stop all services (systemd runs it when one of the others ended)
+    upgrade halt         if an upgrade is not finished, stop all services, or else have the daemon, which may have been
+                         stopped for one that did not begin (systemd runs it when one of the others ended)
 
-From the beginning of an upgrade to its end there is a journal, which says how far it got. While it is there, no service
-starts (container-unit prepare), but those that this program lets start until the next boot. An upgrade that was killed
-is begun again, and takes up what is there; the copy that was made before the first change is never made again. The
-directory that PostgreSQL was moved from stays as it was.
+From the moment that services stop to the end of an upgrade there is a journal, which says how far it got. While it is
+there, no service starts (container-unit prepare), but those that this program lets start until the next boot. One that
+was killed is begun again, and takes up what is there; the copy that was made before the first change is never made
+again. The directory that PostgreSQL was moved from stays as it was.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from urllib.parse import quote, unquote
 UNITS = Path("/etc/systemd/system")
 CONFIG = Path("/etc/data-platform")
 PROGRAMS = Path("/usr/local/lib/data-platform")
+ROOT = Path("/")
 DATA = Path("/var/lib/data-platform")
 RUNTIME = Path("/run")
 
@@ -46,8 +48,17 @@ HELPER = "data-platform-upgrade"
 DATABASE = "dagster"
 KEPT_FREE = 512 << 20
 """Bytes that the copies leave free."""
-UNTOUCHED = ("draining", "saving")
-"""Steps before the copy is complete; until then nothing but the services' state has changed."""
+UNTOUCHED = "saving"
+"""Step before the copy is complete, and after all was returned to it: nothing but the services' state has changed."""
+ELSEWHERE = (
+    "etc/systemd/system/dagster.slice",
+    "etc/systemd/journald.conf.d/data-platform.conf",
+    "etc/sudoers.d/data-platform",
+    "usr/local/bin/data-platform-*",
+)
+"""Files of the platform beside its own directories and its services."""
+SHARING = ("btrfs", "xfs")
+"""File systems on which a copy shares its blocks with the file that it is of."""
 
 IN_PROGRESS = """
 import os, psycopg2
@@ -246,12 +257,24 @@ def room(state: State, external: bool) -> None:
     Raises:
         Failure: There is not.
     """
-    need = size(DATA / "warehouse") + (0 if external else 2 * size(cluster() / "base")) + KEPT_FREE
-    free = shutil.disk_usage(state.home).free + size(state.databases, state.warehouse, state.before)
-    if free < need:
-        raise Failure(
-            f"{DATA} has {free >> 20} MiB free, and the copies of an upgrade need {need >> 20}: make room there. "
-        )
+    warehouse = DATA / "warehouse"
+    files = [file.lstat().st_blocks * 512 for file in warehouse.rglob("*")]
+    place = state.home if not files or same_device(state.home, warehouse) else warehouse
+    if place == state.home and run("stat", "--file-system", "--format=%T", str(place)).stdout.strip() in SHARING:
+        files = []
+    needs = {state.home: sum(files) + (0 if external else 2 * size(cluster() / "base")) + KEPT_FREE}
+    # A file that is brought back is written beside the one in its place.
+    needs[place] = needs.get(place, KEPT_FREE) + max(files, default=0)
+    old = size(state.databases, state.warehouse, state.before)
+    for path, need in needs.items():
+        free = shutil.disk_usage(path).free + (old if path == state.home else 0)
+        if free < need:
+            raise Failure(f"{path} has {free >> 20} MiB free, and an upgrade needs {need >> 20}: make room there.")
+
+
+def same_device(one: Path, other: Path) -> bool:
+    """Tell whether two directories are on one file system."""
+    return one.stat().st_dev == other.stat().st_dev
 
 
 def locations() -> list[dict[str, object]] | None:
@@ -288,15 +311,27 @@ def drain(patience: float) -> None:
 
 
 def in_progress() -> int:
-    """How many runs a process works on.
+    """How many runs a process works on, and commands that people run in the services' containers.
 
     Raises:
         Failure: It cannot be known.
     """
+    services = [name for name in units() if name != POSTGRES]
+    inside = run("docker", "inspect", "--format", "{{len .ExecIDs}}", *services, check=False).stdout.split()
+    count = sum(map(int, inside))
     if (CONFIG / "runs" / "runs.json").exists():
-        return len(run("docker", "container", "ls", "--quiet", "--filter", "label=dagster/run_id").stdout.split())
+        return count + len(runs_containers())
     asked = run("docker", "exec", WEBSERVER, "python", "-c", IN_PROGRESS, check=False)
-    return int(asked.stdout) if asked.returncode == 0 else 0  # runs are processes of services, and these are down
+    if asked.returncode == 0:
+        return count + int(asked.stdout)
+    if inside:  # runs are processes of services
+        raise Failure(f"{WEBSERVER} does not say whether runs are in progress: start it, or stop all other services.")
+    return 0
+
+
+def runs_containers() -> list[str]:
+    """IDs of the containers of the runs in progress."""
+    return run("docker", "container", "ls", "--quiet", "--filter", "label=dagster/run_id").stdout.split()
 
 
 def save(state: State, external: bool) -> None:
@@ -334,16 +369,26 @@ def save(state: State, external: bool) -> None:
             run("cp", "--archive", "--reflink=auto", str(DATA / "warehouse"), str(path))
     with new(state.before) as path:
         units_kept = path / UNITS.relative_to("/")
-        for folder in (units_kept, *(path / there.relative_to("/").parent for there in (CONFIG, PROGRAMS))):
+        whole = {there: path / there.relative_to("/") for there in (CONFIG, PROGRAMS)}
+        whole |= {file: path / file.relative_to(ROOT) for name in ELSEWHERE for file in ROOT.glob(name)}
+        for folder in (units_kept, *(copy.parent for copy in whole.values())):
             folder.mkdir(parents=True, exist_ok=True)
         found = [*UNITS.glob("dagster-*.service"), *UNITS.glob("data-platform-*")]
         run("cp", "--archive", *map(str, found), str(units_kept))
-        for there in (CONFIG, PROGRAMS):
-            run("cp", "--archive", str(there), str(path / there.relative_to("/")))
+        for there, copy in whole.items():
+            run("cp", "--archive", str(there), str(copy))
         (path / "deployments").mkdir()
-        if served := [str(file) for file in DATA.glob("deployments/*.json")]:
-            run("cp", "--archive", *served, str(path / "deployments"))
+        for name, content in served().items():
+            (path / "deployments" / f"{name}.json").write_text(content)
     run("sync", "--file-system", str(state.home))
+
+
+def served() -> dict[str, str]:
+    """What is written down of the code that each location serves, or did before this change was written down."""
+    lock = DATA / "deployments" / "lock"
+    if lock.exists():
+        return {name: json.dumps(content) for name, content in json.loads(lock.read_text())["records"].items()}
+    return {file.stem: file.read_text() for file in DATA.glob("deployments/*.json")}
 
 
 @contextlib.contextmanager
@@ -369,6 +414,8 @@ def bring_back_data(state: State) -> None:
     Raises:
         Failure: The database refuses.
     """
+    if containers := runs_containers():
+        run("docker", "rm", "--force", "--volumes", *containers)
     if moved := state.read().get("moved"):
         for name in (moved, f"{moved}.new"):
             remove(DATA / "postgres" / name)
@@ -473,6 +520,8 @@ def bring_back_configuration(state: State) -> None:
     bring_back(state.before / CONFIG.relative_to("/"), CONFIG)
     for file in kept.iterdir():
         run("cp", "--archive", "--remove-destination", str(file), str(UNITS / file.name))
+    for file in (file for name in ELSEWHERE for file in state.before.glob(name)):
+        run("cp", "--archive", "--remove-destination", str(file), str(ROOT / file.relative_to(state.before)))
     for file in DATA.glob("deployments/*.json"):  # which code is served; lock and log beside it stay
         file.unlink()
     for file in (state.before / "deployments").iterdir():
@@ -501,14 +550,13 @@ def begin(state: State, patience: float, dumped_elsewhere: bool) -> None:
             "The metadata are on a server of somebody else's, where no copy can be made: have its owner dump the "
             "database, and say upgrade_external_dumped: true."
         )
-    if journal.get("step", "draining") in UNTOUCHED:
+    if journal.get("step", UNTOUCHED) == UNTOUCHED:
         room(state, external)
-        before = broken(locations() or [])
-        since = journal.get("since", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"))
-        state.write(since=since, step="draining", broken=sorted(before), touched=False)
+        before = journal.get("broken", sorted(broken(locations() or [])))
         drain(patience)
         clock.tell("Waited until no run was in progress")
-        state.write(step="saving")
+        since = journal.get("since", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z"))
+        state.write(since=since, step=UNTOUCHED, broken=before, touched=False, moved="")
         stop(*(name for name in names if name != POSTGRES))
         save(state, external)
         stop(*names)
@@ -604,13 +652,15 @@ def revert(state: State) -> None:
     if not journal:
         print("Nothing was changed.")
         return
-    if journal["step"] not in UNTOUCHED:
+    if journal["step"] != UNTOUCHED:
         state.write(step="reverting")
         stop(*units())
         bring_back_configuration(state)
         if journal["touched"]:
             bring_back_data(state)
         bring_back_programs(state)
+        run("sync")
+        state.write(step=UNTOUCHED, touched=False, moved="")  # what the services write from now on is not to be undone
     try:
         start(*units())
     finally:
@@ -619,9 +669,11 @@ def revert(state: State) -> None:
 
 
 def halt(state: State) -> None:
-    """Stop all services if an upgrade is not finished and has stopped them once."""
-    if state.read().get("step", "draining") != "draining":
+    """Stop all services if an upgrade is not finished; if none is, have the daemon, which is the first to stop."""
+    if state.read():
         stop(*units())
+    elif run("systemctl", "is-active", WEBSERVER, check=False).stdout.strip() == "active":
+        run("systemctl", "start", DAEMON, check=False)
 
 
 def main(arguments: list[str]) -> int:
