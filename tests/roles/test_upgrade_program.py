@@ -308,7 +308,7 @@ def test_runs_are_waited_for_and_too_long_ones_change_nothing(host: Host, capsys
     host.describe(1)
     before, host.in_progress = host.files(), [1]
     assert host.do("begin", "--patience=-1") == 1
-    assert "1 run is still in progress" in capsys.readouterr().err
+    assert "1 run or command is still in progress" in capsys.readouterr().err
     assert host.active == set(NAMES) - {"dagster-daemon"}
     assert (host.do("halt"), host.active, host.files()) == (0, set(NAMES), before)
     assert not host.state.journal.exists()

@@ -226,7 +226,7 @@ def test_run_that_takes_too_long_stops_the_upgrade_and_nothing_else(
     status, said = upgrade("--extra-vars=upgrade_patience=2")
     host.check_output("docker rm --force busy")
     assert status != 0
-    assert "1 run is still in progress after 2 s: wait for them or cancel them, or allow more" in said
+    assert "1 run or command is still in progress after 2 s: wait for them or end them, or allow more" in said
     assert states(host) == ["active"] * 4
     assert (data(host, platform), described(host)) == before
 
@@ -337,9 +337,9 @@ def test_revert_that_was_killed_is_finished_by_the_next(
 def test_killed_upgrade_is_finished_by_the_next_and_all_data_are_there(
     host: Any, platform: Platform, upgrade: Play, killed: Callable[..., None], record: Callable[..., None]
 ) -> None:
+    each_minute(host, "start")
     before, made = data(host, platform), described(host)
     code = host.check_output("docker inspect --format '{{.Config.Image}}' dagster-code-workload")
-    each_minute(host, "start")
     began = time.time()
     progressing, queued = patient(platform, 40), [patient(platform, 10) for _ in range(12)]
     killed(step="migrating", seconds=3.0)

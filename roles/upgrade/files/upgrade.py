@@ -304,8 +304,8 @@ def drain(patience: float) -> None:
     while count := in_progress():
         if time.monotonic() > deadline:
             raise Failure(
-                f"{count} {'run is' if count == 1 else 'runs are'} still in progress after {patience:.0f} s: "
-                "wait for them or cancel them, or allow more (upgrade_patience)."
+                f"{count} {'run or command is' if count == 1 else 'runs or commands are'} still in progress after "
+                f"{patience:.0f} s: wait for them or end them, or allow more (upgrade_patience)."
             )
         time.sleep(1)
 
