@@ -302,6 +302,15 @@ def test_health_says_why_a_container_ended(
     assert instance.run.tags.get(MAX_RETRIES_TAG) == ("0" if state.get("OOMKilled") else None)
 
 
+def test_run_that_a_command_executes_is_left_to_it(launcher: ContainerRunLauncher, engine: Engine) -> None:
+    run = a_run()
+    instance = with_instance(launcher, run)
+    assert launcher.check_run_worker_health(run).status == WorkerStatus.RUNNING
+    assert launcher.terminate(run.run_id) is False
+    assert instance.run.status == DagsterRunStatus.CANCELING
+    assert engine.asked == []
+
+
 def test_engine_that_does_not_answer_says_nothing_about_a_run(
     launcher: ContainerRunLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

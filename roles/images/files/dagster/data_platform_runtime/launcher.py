@@ -178,9 +178,13 @@ class ContainerRunLauncher(DockerRunLauncher):
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         """Tell whether a run's container runs; of one that ended, why.
 
+        A run that was never launched is executed by somebody's command, which reports what becomes of it.
+
         Raises:
             EngineUnreachable: Docker does not answer, so nothing is known.
         """
+        if DOCKER_CONTAINER_ID_TAG not in run.tags:
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
         container = self._get_container(run)
         if container is None:
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, msg="The container of this run is gone.")
