@@ -473,7 +473,7 @@ def swap(code: dict[str, str], since: str) -> None:
         Failure: They cannot be served; the units are as they were.
     """
     kept = {file: file.read_text() for file, image in described().items() if image in code}
-    before, runs = read(STATE / "before"), {}
+    before, kept_runs, runs = read(STATE / "before"), read(RUNS), {}
     for file, content in kept.items():
         wanted, old = code[image_in(content)], before.get("units", {}).get(file.name, "")
         if image_in(old) == wanted:
@@ -492,6 +492,7 @@ def swap(code: dict[str, str], since: str) -> None:
     except Failure:
         for file, content in kept.items():
             write(file, content)
+        describe_runs(kept_runs)
         run(CONTAINER_UNIT, "converge", "--only", *(file.stem for file in kept), check=False)
         raise
     for image, wanted in code.items():
