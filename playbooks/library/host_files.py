@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -34,6 +35,10 @@ options:
         description: Whether a file that is there gets this content; its owner and mode are set in any case.
         type: bool
         default: true
+      join:
+        description: Whether members of a JSON object that is there stay if the content has none of their names.
+        type: bool
+        default: false
       returned:
         description: Whether what is then in the file is returned, in C(contents) by path; C(no_log) hides a secret.
         type: bool
@@ -63,6 +68,7 @@ OPTIONS = {
     "path": {"type": "path", "required": True},
     "content": {"type": "str"},
     "force": {"type": "bool", "default": True},
+    "join": {"type": "bool", "default": False},
     "returned": {"type": "bool", "default": False},
     "validate": {"type": "str"},
     "exclusive": {"type": "bool", "default": False},
@@ -90,6 +96,12 @@ def write(module: AnsibleModule, path: Path, content: str, validate: str | None)
     return said.splitlines()
 
 
+def joined(before: str, content: str) -> str:
+    """Give content with the members of a JSON object that it has none of, as C(to_nice_json) writes it."""
+    there, given = json.loads(before or "{}"), json.loads(content)
+    return content if there.keys() <= given.keys() else json.dumps(there | given, indent=4, sort_keys=True) + "\n"
+
+
 def lay_down(module: AnsibleModule, file: dict[str, Any], said: list[str]) -> list[dict[str, Any]]:
     """Make a file or directory what it is to be, or only look in check mode.
 
@@ -111,6 +123,7 @@ def lay_down(module: AnsibleModule, file: dict[str, Any], said: list[str]) -> li
                 directory.chmod(0o755)
     elif content is not None and (file["force"] or not there):
         before = path.read_text(encoding="utf-8", errors="replace") if there else ""
+        content = joined(before, content) if file["join"] else content
         if before != content or not there:
             differences.append({"before": before, "after": content})
             if not module.check_mode:

@@ -25,6 +25,8 @@ class Host:
     def __init__(self, root: Path, program: ModuleType) -> None:
         """Make the host below ``root``."""
         self.program, self.tools, self.units, self.state = program, root / "bin", root / "units", root / "state"
+        self.runs = root / "runs.json"
+        self.describes(sales="old", core="one")
         for folder in (self.tools, self.units):
             folder.mkdir()
         for tool in ("docker", "systemctl", "container-unit"):
@@ -38,9 +40,21 @@ class Host:
         self.answer("docker image inspect", "data-platform/dagster:shared\n")
         self.serves(OLD)
 
-    def add(self, name: str, image: str) -> None:
+    def add(self, name: str, image: str, module: str = "serve") -> None:
         """Put a unit on the host."""
-        (self.units / f"{name}.service").write_text(UNIT.format(name=name, image=image))
+        (self.units / f"{name}.service").write_text(UNIT.format(name=name, image=image).replace("serve", module))
+
+    def describes(self, **runs: str) -> None:
+        """Say what is described of the runs of locations."""
+        self.runs.write_text(json.dumps({name: {"env": value} for name, value in runs.items()}))
+
+    def described(self) -> dict[str, str]:
+        """Give what is described of the runs of locations."""
+        return {name: entry["env"] for name, entry in json.loads(self.runs.read_text()).items()}
+
+    def unit(self, name: str = "dagster-code-sales") -> str:
+        """Give the text of a unit."""
+        return (self.units / f"{name}.service").read_text()
 
     def answer(self, start: str, out: str = "", code: int = 0, err: str = "") -> None:
         """Say what calls that start like this give; the longest start counts."""
@@ -81,6 +95,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setattr(program, "STATE", host.state)
     monkeypatch.setattr(program, "UNITS", host.units)
     monkeypatch.setattr(program, "BOOT", tmp_path / "boot")
+    monkeypatch.setattr(program, "RUNS", host.runs)
     monkeypatch.setattr(program, "CONTAINER_UNIT", str(host.tools / "container-unit"))
     monkeypatch.setattr(program, "PATIENCE", 0.2)
     return host
@@ -221,12 +236,12 @@ def test_a_process_of_another_controller_is_not_called_dead(host: Host, begin: C
 
 
 def follow(host: Host) -> None:
-    """Have the host serve the old code once it is told to."""
+    """Have the host serve the code that its unit names once it is told to."""
     run = host.program.run
 
     def serve(*command: str, **options: object) -> str:
         if command[0] == host.program.CONTAINER_UNIT:
-            host.serves(OLD)
+            host.serves(host.program.image_in(host.unit()))
         return run(*command, **options)
 
     host.program.run = serve
@@ -250,6 +265,151 @@ def test_rollback_puts_back_what_was_served_before(
     assert host.log()[-1]["code"]["sales"]["to"] == OLD
     assert host.run("begin", "deploy", "--check", *ME, "--code", f"sales={NEW}=abc") == 0
     assert "sales: old -> new, although it was rolled back from new at " in capsys.readouterr().out
+
+
+def ship(host: Host, begin: Callable[..., str]) -> None:
+    """Deploy code of the location sales with another module, whose runs are described otherwise."""
+    token = begin("deploy", f"sales={NEW}=abc")
+    host.add("dagster-code-sales", NEW, "newer")
+    host.describes(sales="new", core="one")
+    host.serves(NEW)
+    assert host.run("finish", token) == 0
+
+
+def test_rollback_puts_back_unit_and_runs_as_they_were_and_forward_again(host: Host, begin: Callable[..., str]) -> None:
+    old = host.unit()
+    ship(host, begin)
+    new = host.unit()
+    follow(host)
+    for unit, described in ((old, "old"), (new, "new"), (old, "old")):
+        host.describes(**host.described() | {"core": "changed since"})
+        assert host.run("rollback", *ME) == 0
+        assert host.unit() == unit
+        assert host.described() == {"sales": described, "core": "changed since"}
+    assert host.runs.stat().st_mode & 0o777 == 0o644
+    assert sorted(host.program.records()) == ["sales"]
+
+
+def test_rollback_that_fails_puts_unit_and_runs_back(host: Host, begin: Callable[..., str]) -> None:
+    ship(host, begin)
+    new = host.unit()
+    host.answer("container-unit", code=1, err="dagster-code-sales could not be replaced")
+    assert host.run("rollback", *ME) == 1
+    assert (host.unit(), host.described()) == (new, {"sales": "new", "core": "one"})
+
+
+@pytest.mark.parametrize("kept", ["", json.dumps({"units": {"dagster-code-sales.service": UNIT}, "runs": {}})])
+def test_rollback_without_the_unit_of_then_replaces_the_image(kept: str, host: Host, begin: Callable[..., str]) -> None:
+    ship(host, begin)
+    (host.state / "before").write_text(kept)
+    follow(host)
+    assert host.run("rollback", *ME) == 0
+    assert host.unit() == UNIT.format(name="dagster-code-sales", image=OLD).replace("serve", "newer")
+    assert host.described() == {"sales": "new", "core": "one"}
+
+
+def test_what_described_the_code_before_is_kept_until_code_changes_again(host: Host, begin: Callable[..., str]) -> None:
+    ship(host, begin)
+    assert [*host.file("before")["units"]] == ["dagster-code-sales.service"]
+    assert host.file("before")["runs"] == {"sales": {"env": "old"}}
+    before = host.file("before")
+    assert host.run("finish", begin("deploy")) == 0
+    assert host.file("before") == before
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_failed_leaves_runs_described_as_they_were(killed: bool, host: Host, begin: Callable[..., str]) -> None:
+    token = begin("deploy", f"sales={NEW}=abc")
+    host.add("dagster-code-sales", NEW)
+    host.describes(sales="new", core="new", shop="new")
+    if killed:
+        (host.state / "lock").write_text(json.dumps(host.file("lock") | {"boot": "another"}))
+        begin()
+    else:
+        assert host.run("finish", "--failed", token) == 0
+    assert OLD in host.unit()
+    assert host.described() == {"sales": "old", "core": "one", "shop": "new"}
+
+
+def test_what_serves_although_the_rest_failed_keeps_its_description(host: Host, begin: Callable[..., str]) -> None:
+    token = begin("deploy", f"sales={NEW}=abc")
+    host.add("dagster-code-sales", NEW)
+    host.describes(sales="new", core="new")
+    host.serves(NEW)
+    assert host.run("finish", "--failed", token) == 0
+    assert NEW in host.unit()
+    assert host.described() == {"sales": "new", "core": "one"}
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_unit_with_the_same_image_is_put_back_if_the_container_is_not_made_of_it(
+    served: bool, host: Host, begin: Callable[..., str]
+) -> None:
+    token = begin("deploy")
+    host.add("dagster-code-sales", OLD, "newer")
+    host.describes(sales="new", core="one")
+    host.answer("container-unit converge --check", "" if served else "replaced dagster-code-sales\n")
+    assert host.run("finish", "--failed", token) == 0
+    assert ("newer" in host.unit()) == served
+    assert host.described()["sales"] == ("new" if served else "old")
+
+
+def test_success_leaves_runs_as_they_are_described(host: Host, begin: Callable[..., str]) -> None:
+    token = begin("site")
+    host.describes(sales="new", core="new")
+    assert host.run("finish", token) == 0
+    assert host.described() == {"sales": "new", "core": "new"}
+
+
+def test_where_runs_have_no_containers_nothing_describes_them(host: Host, begin: Callable[..., str]) -> None:
+    host.runs.unlink()
+    ship_without = begin("deploy", f"sales={NEW}=abc")
+    host.add("dagster-code-sales", NEW)
+    host.serves(NEW)
+    assert host.run("finish", ship_without) == 0
+    follow(host)
+    assert host.run("rollback", *ME) == 0
+    assert OLD in host.unit()
+    assert not host.runs.exists()
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_change_that_is_finished_by_a_second_play_after_the_first_died_with_all_down(
+    freed: bool, host: Host, begin: Callable[..., str]
+) -> None:
+    deploy(host, begin, OLD)
+    old = host.unit()
+    token = begin("upgrade", f"sales={NEW}=abc")
+    host.add("dagster-code-sales", NEW, "newer")
+    host.describes(sales="new", core="one")
+    host.answer("docker container ls", "")
+    if freed:
+        assert host.run("finish", "--failed", token) == 0
+    else:
+        (host.state / "lock").write_text(json.dumps(host.file("lock") | {"process": "9.1"}))
+    for _ in range(2):
+        token = begin("upgrade", f"sales={NEW}=abc")
+        (host.state / "lock").write_text(json.dumps(host.file("lock") | {"process": "9.1"}))
+    host.serves(NEW)
+    assert host.run("finish", token) == 0
+    assert host.log()[-1]["code"] == {"sales": {"from": OLD, "to": NEW, "revision": "abc"}}
+    follow(host)
+    assert host.run("rollback", *ME) == 0
+    assert OLD in host.unit()
+    assert host.log()[-1]["code"]["sales"]["to"] == OLD
+    if not freed:
+        assert (host.unit(), host.described()["sales"]) == (old, "old")
+
+
+def test_rollback_of_what_no_service_runs_any_more_says_what_helps(
+    host: Host, begin: Callable[..., str], capsys: pytest.CaptureFixture
+) -> None:
+    deploy(host, begin, NEW)
+    host.add("dagster-code-sales", "data-platform/code-sales:third")
+    host.serves("data-platform/code-sales:third")
+    assert host.run("rollback", *ME) == 1
+    said = capsys.readouterr().err
+    assert f"brought {NEW}, which no service runs any more: deploy the tree that you want." in said
 
 
 @pytest.mark.parametrize(

@@ -154,3 +154,15 @@ def test_content_that_stays_is_returned_to_whom_asks(root: Path, lay_down: Calla
     ]
     assert lay_down(files, "--check")["contents"] == {f"{root}/kept": "old"}
     assert lay_down(files)["contents"] == {f"{root}/kept": "old", f"{root}/made": "made"}
+
+
+def test_members_of_an_object_that_the_content_does_not_name_stay_if_it_is_joined(
+    root: Path, lay_down: Callable[..., dict[str, Any]]
+) -> None:
+    file = {"path": f"{root}/file", "content": json.dumps({"b": 2}), "join": True}
+    assert lay_down([file])["changed"]
+    assert (root / "file").read_text() == file["content"]
+    (root / "file").write_text('{"b": 1, "a": 1}')
+    assert lay_down([file])["changed"]
+    assert (root / "file").read_text() == '{\n    "a": 1,\n    "b": 2\n}\n'
+    assert not lay_down([file])["changed"]

@@ -58,6 +58,7 @@ def test_code_is_ready_once_its_own_server_answers(sockets: Path) -> None:
 def test_a_server_drains_once_nobody_has_a_connection_to_it(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = code_servers.own_socket()
     monkeypatch.setattr(code_servers, "runs", lambda path: False)
+    monkeypatch.setattr(code_servers, "commands", lambda: False)
     with listen(own) as server, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.connect(str(own))
         answering, _ = server.accept()
@@ -68,6 +69,36 @@ def test_a_server_drains_once_nobody_has_a_connection_to_it(sockets: Path, monke
         started = time.monotonic()
         code_servers.drain(idle=0.2, patience=10.0, interval=0.01)
         assert 0.6 <= time.monotonic() - started < 5.0
+
+
+@pytest.mark.parametrize(
+    ("command", "is_one"),
+    [
+        (["/opt/dagster/bin/python", "/opt/dagster/bin/dagster", "job", "execute"], True),
+        (["dagster", "job", "execute"], True),
+        (["python", "-m", "data_platform_runtime.code_servers", "serve", "--working-directory=/code/dagster"], False),
+        (["python", "-m", "data_platform_runtime.code_servers", "drain"], False),
+        (["sleep", "1000"], False),
+        ([], False),
+    ],
+)
+def test_commands_of_dagster_are_told_from_all_else(
+    command: list[str], is_one: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_servers, "PROCESSES", tmp_path)
+    for process in ("1", "20", "self"):
+        (tmp_path / process).mkdir()
+    (tmp_path / "20" / "cmdline").write_bytes(b"".join(f"{word}\0".encode() for word in command))
+    (tmp_path / "self" / "cmdline").write_bytes(b"dagster\0")
+    assert code_servers.commands() is is_one
+
+
+def test_a_server_drains_once_the_commands_beside_it_have_ended(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [True, True, False]
+    monkeypatch.setattr(code_servers, "runs", lambda path: False)
+    monkeypatch.setattr(code_servers, "commands", lambda: left.pop(0))
+    code_servers.drain(idle=0.01, patience=1.0, interval=0.01)
+    assert left == []
 
 
 @pytest.fixture

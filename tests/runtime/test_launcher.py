@@ -1,8 +1,10 @@
 """The launcher of runs in containers, against an engine that is a server on a Unix socket."""
 
 import json
+import os
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -113,11 +115,15 @@ class Instance:
 
     def __init__(self, run: DagsterRun) -> None:
         """Have one run."""
-        self.run, self.said = run, []
+        self.run, self.said, self.started = run, [], time.time()
 
     def get_run_by_id(self, run_id: str) -> DagsterRun | None:
         """Give the run."""
         return self.run if self.run.run_id == run_id else None
+
+    def get_run_record_by_id(self, run_id: str) -> Any:
+        """Give when the run started."""
+        return SimpleNamespace(start_time=self.started)
 
     def add_run_tags(self, run_id: str, tags: dict[str, str]) -> None:
         """Add to its tags."""
@@ -300,6 +306,37 @@ def test_health_says_why_a_container_ended(
     assert health.status == status
     assert said is None or said in health.msg
     assert instance.run.tags.get(MAX_RETRIES_TAG) == ("0" if state.get("OOMKilled") else None)
+
+
+@pytest.mark.parametrize(
+    ("listen_since", "status"),
+    [
+        ({"core/a": -60.0, "core/b": 60.0}, WorkerStatus.RUNNING),
+        ({"core/b": 60.0}, WorkerStatus.NOT_FOUND),
+        ({}, WorkerStatus.NOT_FOUND),
+    ],
+)
+def test_run_that_a_command_executes_is_left_to_it_while_a_code_server_of_then_is_there(
+    listen_since: dict[str, float],
+    status: WorkerStatus,
+    launcher: ContainerRunLauncher,
+    engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("data_platform_runtime.launcher.SOCKETS", tmp_path / "sockets")
+    run = a_run()
+    instance = with_instance(launcher, run)
+    (tmp_path / "sockets/core").mkdir(parents=True)
+    (tmp_path / "sockets/core/current.sock").symlink_to("gone.sock")
+    for name, later in listen_since.items():
+        socket = tmp_path / "sockets" / f"{name}.sock"
+        socket.touch()
+        os.utime(socket, times=(0, instance.started + later))
+    assert launcher.check_run_worker_health(run).status == status
+    assert launcher.terminate(run.run_id) is False
+    assert instance.run.status == DagsterRunStatus.CANCELING
+    assert engine.asked == []
 
 
 def test_engine_that_does_not_answer_says_nothing_about_a_run(

@@ -30,6 +30,7 @@ KILLS = [
             "images : Remove the directory that images are built in",
             "code_location : Bring their secrets",
             "service : Describe the unit",
+            "runs : Describe the containers of runs",
             "service : Remove services that are no longer described",
             "retention : Remove old images",
             "deployments : Wait until the UI shows it",
@@ -342,6 +343,42 @@ def test_what_dbt_says_of_a_broken_model_is_shown_and_nothing_is_changed(
     ):
         play("--extra-vars", edited, playbook=DEPLOY)
     assert (host.check_output("sha256sum /etc/systemd/system/dagster-*"), running(host, "core")) == before
+
+
+def test_new_variables_reach_runs_and_go_back_and_a_command_goes_on(
+    host: Any, platform: Platform, play: Callable[..., int], tree: Tree, tmp_path: Path
+) -> None:
+    def described() -> str:
+        return host.check_output("sha256sum /etc/systemd/system/dagster-code* /etc/data-platform/runs/runs.json")
+
+    def lasting() -> str:
+        return "".join(
+            platform.postgres("select run_id from runs where pipeline_name = 'lasting' and status = 'STARTED'")
+        )
+
+    tree.ship("old")
+    before, edited = described(), json.loads(core_at(tmp_path / "code"))
+    core, workload = edited["dagster_code_locations"]
+    core |= {"env": {"NEEDED": "a variable"}, "secrets": {"FIRST": "a secret"}}
+    workload["source"] = str(tree.directory)
+    with open(tmp_path / "code/core/orchestration/dagster/data_platform/definitions.py", "a") as code:
+        code.write('\nimport os\n\nassert os.environ["NEEDED"] + os.environ["FIRST"] == "a variablea secret"\n')
+    tree.edit("new")
+    with ThreadPoolExecutor() as beside:
+        command = beside.submit(host.run, "data-platform-dagster job execute --location workload --job lasting")
+        platform.wait(lambda: str(bool(lasting())), {"True"}, 30)
+        run = lasting()
+        play("--extra-vars", json.dumps(edited), playbook=DEPLOY)
+        assert described() != before
+        assert platform.finished(platform.launch("smoke")) == "SUCCESS"
+        play(playbook=ROLLBACK)
+        assert described() == before
+        assert platform.finished(platform.launch("smoke")) == "SUCCESS"
+        done = command.result()
+    assert done.rc == 0, done.stderr
+    assert ran(platform, run) == ("SUCCESS", "old")
+    failures = f"select 1 from event_logs where run_id = '{run}' and dagster_event_type = 'PIPELINE_FAILURE'"
+    assert platform.postgres(failures) == []
 
 
 def test_an_edit_is_live_and_taken_back_within_seconds(

@@ -20,6 +20,12 @@ def patient() -> None:
     wait()
 
 
+@dg.job(config={"ops": {"wait": {"config": {"seconds": 30.0}}}})
+def lasting() -> None:
+    """A run that outlasts a deployment."""
+    wait()
+
+
 @dg.schedule(cron_schedule="* * * * *", job=patient, default_status=dg.DefaultScheduleStatus.RUNNING)
 def each_minute(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
     """A run each minute, known by the minute."""
@@ -32,4 +38,4 @@ def says(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     return dg.SkipReason(VERSION)
 
 
-defs = dg.Definitions(jobs=[patient], schedules=[each_minute], sensors=[says])
+defs = dg.Definitions(jobs=[patient, lasting], schedules=[each_minute], sensors=[says])

@@ -12,9 +12,10 @@
                                      put back the code that served before the last change of code
     deployment status                what runs, and the last changes
 
-What a location serves stands in LOCATION.json, each change in log.jsonl, and the change in progress in lock, a JSON
-object each. A lock is stale when the host has been booted since, when its time is over, or when the process on the
-controller that took it is not alive any more, which only that controller can tell.
+What a location serves stands in LOCATION.json, each change in log.jsonl, the change in progress in lock, and what
+described the code before the last change of code in before: a JSON object each. A lock is stale when the host has been
+booted since, when its time is over, or when the process on the controller that took it is not alive any more, which
+only that controller can tell.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from typing import Any
 STATE = Path("/var/lib/data-platform/deployments")
 UNITS = Path("/etc/systemd/system")
 BOOT = Path("/proc/sys/kernel/random/boot_id")
+RUNS = Path("/etc/data-platform/runs/runs.json")
+"""What the launcher makes the containers of runs of, by location; missing where runs have none."""
 CONTAINER_UNIT = "/usr/local/lib/data-platform/container-unit"
 WEBSERVER = "dagster-webserver"
 
@@ -99,20 +102,23 @@ def write(file: Path, content: str) -> None:
     new = file.with_suffix(".new")
     with open(new, "w", encoding="utf-8") as handle:
         handle.write(content)
+        os.fchmod(handle.fileno(), 0o644)
         handle.flush()
         os.fsync(handle.fileno())
     new.replace(file)
 
 
+def image_in(unit: str) -> str:
+    """Image of the container that a unit's text describes; empty if it describes none."""
+    parser = configparser.ConfigParser(strict=False, interpolation=None, allow_no_value=True)
+    parser.read_string(unit)
+    return parser["X-Container"]["Image"] if parser.has_section("X-Container") else ""
+
+
 def described() -> dict[Path, str]:
     """Images of the units that run containers, by the units' files."""
-    images = {}
-    for file in sorted(UNITS.glob("dagster-*.service")):
-        parser = configparser.ConfigParser(strict=False, interpolation=None, allow_no_value=True)
-        parser.read_string(file.read_text())
-        if parser.has_section("X-Container"):
-            images[file] = parser["X-Container"]["Image"]
-    return images
+    images = {file: image_in(file.read_text()) for file in sorted(UNITS.glob("dagster-*.service"))}
+    return {file: image for file, image in images.items() if image}
 
 
 def location_of(image: str) -> str | None:
@@ -212,18 +218,40 @@ def begin(
         refuse(shared, known, host, alive)
         if lock := read(STATE / "lock"):
             log(lock, f"abandoned, {why_stale(lock, host, alive)}", changes(lock))
-            restore(lock)
+            restore(lock, failed=True)
         token = secrets.token_hex(8)
-        there = {file: image for file, image in described().items() if location_of(image)}
         content = {
             **{"token": token, "what": what, "by": by, "host": host, "process": process},
             **{"since": now(), "at": time.time(), "boot": BOOT.read_text().strip()},
-            "serving": {location_of(image): image for image in there.values()} | serving(),
-            "records": records(),
-            "units": {file.name: file.read_text() for file in there},
+            **as_it_is(lock),
         }
         write(STATE / "lock", json.dumps(content))
     return token
+
+
+def as_it_is(lock: dict[str, Any]) -> dict[str, Any]:
+    """What serves, and what describes it: images and records of locations, texts of units, containers of runs.
+
+    What a change in progress wrote is not what served before it. So of a location of which nothing runs, the lock of a
+    change that was abandoned knows more, and without one its record does.
+
+    Args:
+        lock: The lock of the change that was abandoned; empty if none was.
+    """
+    written, running = records(), serving()
+    there = {file: image for file, image in described().items() if location_of(image)}
+    images = {location_of(image): image for image in there.values()}
+    down = images.keys() - running.keys()
+    units = {name: text for name, text in lock.get("units", {}).items() if location_of(image_in(text)) in down}
+    return {
+        "serving": images
+        | {name: written[name]["image"] for name in down if written.get(name)}
+        | {name: image for name, image in lock.get("serving", {}).items() if name in down}
+        | running,
+        "records": written,
+        "units": {file.name: file.read_text() for file in there} | units,
+        "runs": read(RUNS) | {name: entry for name, entry in lock.get("runs", {}).items() if name in down},
+    }
 
 
 def record(code: list[str], check: bool) -> list[str]:
@@ -263,8 +291,14 @@ def changes(lock: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def restore(lock: dict[str, Any]) -> None:
-    """Put back records and units as they were when the lock was taken, where what they say since then is not served."""
+def restore(lock: dict[str, Any], failed: bool) -> None:
+    """Put back records and units as they were when the lock was taken, where what they say since then is not served.
+
+    Args:
+        lock: The lock.
+        failed: Whether what it was taken for failed. Then what describes runs is put back as well, where the unit is
+            as it was.
+    """
     served = serving()
     for name, content in records().items():
         if content.get("image") != served.get(name):
@@ -272,12 +306,30 @@ def restore(lock: dict[str, Any]) -> None:
                 write(STATE / f"{name}.json", json.dumps(lock["records"][name]))
             else:
                 (STATE / f"{name}.json").unlink()
-    for file, image in described().items():
-        text, name = lock["units"].get(file.name), location_of(image)
-        if text and name in served and served[name] != image and text != file.read_text():
-            write(file, text)
+    there = {file: image for file, image in described().items() if file.name in lock["units"]}
+    changed = {
+        file: image
+        for file, image in there.items()
+        if location_of(image) in served and lock["units"][file.name] != file.read_text()
+    }
+    looked = [CONTAINER_UNIT, "converge", "--check", "--only", *(file.stem for file in changed)]
+    differ = run(*looked, check=False).splitlines() if failed and changed else []
+    for file, image in changed.items():
+        if served[location_of(image)] != image or {f"replaced {file.stem}", f"restarted {file.stem}"} & {*differ}:
+            write(file, lock["units"][file.name])
             run("docker", "rm", "--force", "--volumes", f"{file.stem}.next", check=False)
             run("systemctl", "daemon-reload", check=False)
+    if failed:
+        same = {location_of(image) for file, image in there.items() if lock["units"][file.name] == file.read_text()}
+        describe_runs({name: entry for name, entry in lock.get("runs", {}).items() if name in same})
+
+
+def describe_runs(entries: dict[str, Any]) -> None:
+    """Have the runs of these locations described like this, where runs have containers."""
+    now_described = read(RUNS)
+    wanted = now_described | entries
+    if now_described and wanted != now_described:
+        write(RUNS, json.dumps(wanted, indent=4, sort_keys=True) + "\n")
 
 
 def finish(token: str, failed: bool) -> str:
@@ -297,7 +349,7 @@ def finish(token: str, failed: bool) -> str:
     if lock.get("token") != token:
         return ""
     changed = changes(lock)
-    restore(lock)
+    restore(lock, failed)
     result = "failed" if failed else "ok"
     try:
         if changed and not failed:
@@ -337,11 +389,17 @@ def show(images: dict[str, str]) -> None:
 def log(lock: dict[str, Any], result: str, code: dict[str, dict[str, Any]]) -> float:
     """Write a line into the log; give the seconds since the lock was taken.
 
+    If code was replaced, what described it before is kept for the way back.
+
     Args:
         lock: The lock of what was done.
         result: How it ended.
         code: Images of the locations whose code changed.
     """
+    if any(item["from"] for item in code.values()):
+        units = {name: text for name, text in lock["units"].items() if location_of(image_in(text)) in code}
+        runs = {name: entry for name, entry in lock.get("runs", {}).items() if name in code}
+        write(STATE / "before", json.dumps({"units": units, "runs": runs}))
     seconds = round(time.time() - lock["at"], 1)
     line = {"time": now(), "what": lock["what"], "by": lock["by"], "result": result, "seconds": seconds, "code": code}
     write(STATE / "log.jsonl", "".join(f"{json.dumps(item)}\n" for item in [*logged(), line][-KEPT:]))
@@ -384,7 +442,10 @@ def before_the_last() -> tuple[dict[str, str], str]:
     shared = images.get(UNITS / f"{WEBSERVER}.service")
     for now_served, image in code.items():
         if now_served not in images.values():
-            raise Failure(f"No service runs {now_served} any more, which was served last: run the playbook again.")
+            raise Failure(
+                f"The last change on record brought {now_served}, which no service runs any more: deploy the tree that "
+                "you want. Nothing was changed."
+            )
         label = run(
             "docker", "image", "inspect", "--format", f'{{{{index .Config.Labels "{SHARED}"}}}}', image, check=False
         )
@@ -402,7 +463,7 @@ def before_the_last() -> tuple[dict[str, str], str]:
 
 
 def swap(code: dict[str, str], since: str) -> None:
-    """Have units run other images.
+    """Have units run other images, as they were when they last did, where that was before the last change of code.
 
     Args:
         code: The images that are to run, by those that do.
@@ -412,10 +473,15 @@ def swap(code: dict[str, str], since: str) -> None:
         Failure: They cannot be served; the units are as they were.
     """
     kept = {file: file.read_text() for file, image in described().items() if image in code}
+    before, kept_runs, runs = read(STATE / "before"), read(RUNS), {}
     for file, content in kept.items():
-        for image, wanted in code.items():
-            content = content.replace(image, wanted)
-        write(file, content)
+        wanted, old = code[image_in(content)], before.get("units", {}).get(file.name, "")
+        if image_in(old) == wanted:
+            runs |= {name: entry for name, entry in before["runs"].items() if name == location_of(wanted)}
+            write(file, old)
+        else:
+            write(file, content.replace(image_in(content), wanted))
+    describe_runs(runs)
     record([f"{location_of(wanted)}={wanted}={revision(wanted)}" for wanted in code.values()], check=False)
     for image, wanted in code.items():
         file = STATE / f"{location_of(wanted)}.json"
@@ -426,6 +492,7 @@ def swap(code: dict[str, str], since: str) -> None:
     except Failure:
         for file, content in kept.items():
             write(file, content)
+        describe_runs(kept_runs)
         run(CONTAINER_UNIT, "converge", "--only", *(file.stem for file in kept), check=False)
         raise
     for image, wanted in code.items():

@@ -7,7 +7,7 @@ loaded the new definitions is planned by the code that its image holds.
 
 Run as ``python -m data_platform_runtime.code_servers serve [--secrets=FILE] ARGUMENT…`` instead of
 ``dagster api grpc``, and as ``python -m data_platform_runtime.code_servers drain`` in the container of a code server
-that was replaced: ends once nobody has asked it anything for a while.
+that was replaced: ends once nobody has asked it anything for a while, and no run is left in the container.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ REQUEST_TIMEOUT = 2
 
 CONNECTED = "03"
 """State of a connection in /proc/net/unix."""
+
+PROCESSES = Path("/proc")
+"""Directory with one for each process of this container."""
 
 DEPLOYMENTS = Path("/var/lib/data-platform/deployments")
 """Directory of the host with a file for each location that says what was deployed last, and when."""
@@ -135,8 +139,20 @@ def runs(own: Path) -> bool:
     return bool(deserialize_value(answer, GetCurrentRunsResult).current_runs)
 
 
+def commands() -> bool:
+    """Whether somebody's command of Dagster is in progress in this container, such as ``dagster job execute``.
+
+    It is a script, so its name comes after that of its interpreter.
+    """
+    for file in PROCESSES.glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            if any(word.rpartition(b"/")[2] == b"dagster" for word in file.read_bytes().split(b"\0")[:2]):
+                return True
+    return False
+
+
 def drain(idle: float = IDLE, patience: float = PATIENCE, interval: float = 0.1) -> None:
-    """Wait until the code server of this container was asked nothing for a while, and none of its runs is left.
+    """Wait until the code server of this container was asked nothing for a while, and no run is left in here.
 
     Args:
         idle: Seconds without a call.
@@ -151,7 +167,7 @@ def drain(idle: float = IDLE, patience: float = PATIENCE, interval: float = 0.1)
             asked = now
         time.sleep(interval)
         now = time.monotonic()
-    while runs(own):
+    while runs(own) or commands():
         time.sleep(idle)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +30,9 @@ from dagster._serdes import ConfigurableClassData, serialize_value
 from dagster_docker import DockerRunLauncher
 from dagster_docker.container_context import DockerContainerContext
 from dagster_docker.docker_run_launcher import DOCKER_CONTAINER_ID_TAG, DOCKER_IMAGE_TAG
+
+SOCKETS = Path("/run/data-platform-code")
+"""Directory of the host with one for each code location, in which its code servers listen."""
 
 RUN_LABEL = "dagster/run_id"
 UNREACHABLE = (502, 503, 504)
@@ -178,9 +181,18 @@ class ContainerRunLauncher(DockerRunLauncher):
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
         """Tell whether a run's container runs; of one that ended, why.
 
+        A run that was never launched is executed by somebody's command in the container of a code server, and reports
+        by itself what becomes of it, unless that container ended with it.
+
         Raises:
             EngineUnreachable: Docker does not answer, so nothing is known.
         """
+        if DOCKER_CONTAINER_ID_TAG not in run.tags:
+            record = self._instance.get_run_record_by_id(run.run_id)
+            if not record or not record.start_time or listened_at(record.start_time):
+                return CheckRunHealthResult(WorkerStatus.RUNNING)
+            gone = "The container in which a command executed this run is gone."
+            return CheckRunHealthResult(WorkerStatus.NOT_FOUND, msg=gone)
         container = self._get_container(run)
         if container is None:
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, msg="The container of this run is gone.")
@@ -192,6 +204,18 @@ class ContainerRunLauncher(DockerRunLauncher):
             return CheckRunHealthResult(WorkerStatus.FAILED, msg=too_much_memory(self.described(run)))
         ended = f"The container of this run ended with status {state['ExitCode']} before the run did. {state['Error']}"
         return CheckRunHealthResult(WorkerStatus.FAILED, msg=ended.strip())
+
+
+def listened_at(moment: float) -> bool:
+    """Whether a code server that listens did so at a moment, in seconds since the epoch.
+
+    The sockets of dead ones are removed by the next that takes over.
+    """
+    times = []
+    for path in SOCKETS.glob("*/*.sock"):
+        with suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return min(times, default=moment + 1) <= moment
 
 
 def too_much_memory(location: Mapping[str, Any]) -> str:
