@@ -113,6 +113,14 @@ class Platform:
             query,
         ).splitlines()
 
+    def ticked(self, since: float) -> list[int]:
+        """Give the minutes since the epoch that schedules launched a run for, after a moment in seconds."""
+        minutes = self.postgres(
+            "select extract(epoch from value::timestamptz)::int / 60 from run_tags "
+            f"where key = '.dagster/scheduled_execution_time' and value::timestamptz > to_timestamp({since}) order by 1"
+        )
+        return [int(minute) for minute in minutes]
+
 
 @pytest.fixture(scope="session")
 def record(pytestconfig: pytest.Config) -> Iterator[Callable[..., None]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import pytest
@@ -164,15 +165,6 @@ def patient(platform: Platform, seconds: float) -> str:
     return platform.launch("patient", location="workload", config={"wait": {"seconds": seconds}})
 
 
-def ticked(platform: Platform, since: float) -> list[int]:
-    """Give the minutes, counted from the first, that the schedule launched a run for."""
-    minutes = platform.postgres(
-        "select extract(epoch from value::timestamptz)::int / 60 from run_tags "
-        f"where key = '.dagster/scheduled_execution_time' and value::timestamptz > to_timestamp({since}) order by 1"
-    )
-    return [int(minute) - int(minutes[0]) for minute in minutes]
-
-
 def running(host: Any, location: str = "workload") -> str:
     """Give the version of a location's code that is served."""
     unit = "dagster-code" if location == "core" else f"dagster-code-{location}"
@@ -216,10 +208,11 @@ def test_code_is_shipped_and_taken_back_while_all_goes_on(
     assert min(asked.values()) > 100, asked
     assert ids() == before
     assert host.check_output("systemctl is-active dagster-code-workload") == "active"
-    seconds, minutes = time.time() - since, ticked(platform, since)
-    assert minutes == list(range(len(minutes)))
+    seconds, minutes = time.time() - since, platform.ticked(since)
+    assert minutes == list(range(minutes[0], minutes[0] + len(minutes)))
     assert len(minutes) >= (seconds - 10) // 60 > 0
     assert platform.postgres("select tick_body from job_ticks where type = 'SCHEDULE' and status = 'FAILURE'") == []
+    assert platform.postgres("select run_id from runs where status in ('FAILURE', 'CANCELED')") == []
 
 
 def test_what_was_replaced_ends_once_it_is_asked_no_more(host: Any, platform: Platform) -> None:
@@ -408,8 +401,8 @@ def test_an_edit_is_live_and_taken_back_within_seconds(
         back.append(seconds_until("smoke", ROLLBACK))
     print(told[told.rindex("TASKS RECAP") :])
     print(f"Seconds from make deploy to the new definitions in GraphQL: {live}; from make rollback to the old: {back}.")
-    assert min(live) <= 12
-    assert min(back) <= 6
+    assert median(live) <= 12
+    assert median(back) <= 6
 
 
 @pytest.mark.parametrize(("task", "seconds", "lost"), KILLS)

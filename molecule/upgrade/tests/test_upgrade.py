@@ -353,7 +353,7 @@ def test_killed_upgrade_is_finished_by_the_next_and_all_data_are_there(
     status, said = upgrade()
     assert status == 0, said
     record("upgrade after one that was killed, images built before", time.monotonic() - started)
-    last_due = time.time() // 60
+    last_due = int(time.time()) // 60
     assert "An upgrade was not finished: it is begun again." in said
     assert "Ran the job smoke" in said
     after = data(host, platform)
@@ -372,13 +372,10 @@ def test_killed_upgrade_is_finished_by_the_next_and_all_data_are_there(
     ]
     assert [run for run in queued if f"data-platform-run-{run}" not in containers_before]
     assert set(launched) == {code}  # that of the previous Dagster, with which they were queued
-    due = platform.postgres(
-        "select extract(epoch from value::timestamptz)::int / 60 from run_tags "
-        f"where key = '.dagster/scheduled_execution_time' and value::timestamptz > to_timestamp({began}) order by 1"
-    )
+    due = platform.ticked(began)
     each_minute(host, "stop")
     assert len(due) == len(set(due))
-    assert str(int(last_due)) in due  # of what was due while the daemon was away, Dagster runs the last
+    assert last_due in due  # of what was due while the daemon was away, Dagster runs the last
     assert platform.finished(platform.launch("smoke")) == "SUCCESS"
     idle(host, platform)
 
