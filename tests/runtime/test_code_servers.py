@@ -126,7 +126,7 @@ def servers(sockets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         yield processes
     finally:
         for process in processes.values():
-            process.terminate()
+            process.kill()  # SIGTERM is ignored where SIGINT is, as in a job in the background
             process.wait()
 
 
