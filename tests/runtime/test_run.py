@@ -18,9 +18,12 @@ V1 = "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """Leave the signals of the test run as they were."""
+    """Have the signals that a process starts with, whatever Dagster made of them; leave those of the test run."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
