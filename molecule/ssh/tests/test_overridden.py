@@ -189,6 +189,7 @@ def test_images_have_the_sources_and_the_certificates(host: Any) -> None:
     assert [line.split()[2:] for line in sources if line.startswith("deb ")] == [
         ["trixie", "main"],
         ["trixie-security", "main"],
+        ["bookworm", "main"],
     ]
     host.check_output("docker exec dagster-code test -s /usr/local/share/ca-certificates/extra.crt")
 
