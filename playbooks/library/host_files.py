@@ -62,6 +62,11 @@ options:
       group:
         description: Group, by name or ID; the owner's ID if it is left out.
         type: str
+  ask:
+    description:
+      - Commands for the shell, run when all is in place, in check mode too. They are to change nothing.
+      - The lines that they print are returned as C(answer), whatever their exit status is.
+    type: str
 """
 
 OPTIONS = {
@@ -164,7 +169,10 @@ def clear(module: AnsibleModule, files: list[dict[str, Any]]) -> list[dict[str, 
 
 def main() -> None:
     """Entry point for Ansible."""
-    options = {"files": {"type": "list", "elements": "dict", "required": True, "options": OPTIONS}}
+    options = {
+        "files": {"type": "list", "elements": "dict", "required": True, "options": OPTIONS},
+        "ask": {"type": "str"},
+    }
     module = AnsibleModule(options, supports_check_mode=True)
     os.umask(0o077)
     said: list[str] = []
@@ -172,7 +180,9 @@ def main() -> None:
     differences += clear(module, module.params["files"])
     returned = [Path(file["path"]) for file in module.params["files"] if file["returned"]]
     contents = {str(path): path.read_text(encoding="utf-8") for path in returned if path.exists()}
-    module.exit_json(changed=bool(differences), diff=differences, said=said, contents=contents)
+    ask = module.params["ask"]
+    answer = module.run_command(["/bin/sh", "-c", ask])[1].splitlines() if ask else []
+    module.exit_json(changed=bool(differences), diff=differences, said=said, contents=contents, answer=answer)
 
 
 if __name__ == "__main__":

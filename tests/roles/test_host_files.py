@@ -20,9 +20,9 @@ ME = str(os.getuid())
 def lay_down(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Call the module on this machine; gives its result."""
 
-    def run(files: Files, *options: str) -> dict[str, Any]:
+    def run(files: Files, *options: str, **more: str) -> dict[str, Any]:
         mine = [{"owner": ME, **file} for file in files]
-        play = {"hosts": "localhost", "gather_facts": False, "tasks": [{"host_files": {"files": mine}}]}
+        play = {"hosts": "localhost", "gather_facts": False, "tasks": [{"host_files": {"files": mine, **more}}]}
         (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
         environment = {
             **os.environ,
@@ -143,6 +143,16 @@ def test_what_is_said_of_content_that_is_accepted_comes_back(
     file = {"path": f"{root}/file", "content": "look", "validate": "cat %s"}
     assert lay_down([file])["said"] == ["look"]
     assert lay_down([file])["said"] == []
+
+
+def test_host_is_asked_when_all_is_in_place(root: Path, lay_down: Callable[..., dict[str, Any]]) -> None:
+    files = [{"path": f"{root}/file", "content": "look\n"}]
+    ask = f"cat {root}/file\nls {root}/other\necho $((6 * 7))"
+    assert lay_down(files, "--check", ask=ask)["answer"] == ["42"]
+    assert lay_down(files, ask=ask)["answer"] == ["look", "42"]
+    asked = lay_down(files, ask=ask)
+    assert (asked["answer"], asked["changed"]) == (["look", "42"], False)
+    assert lay_down(files, ask="exit 3")["answer"] == lay_down(files)["answer"] == []
 
 
 def test_content_that_stays_is_returned_to_whom_asks(root: Path, lay_down: Callable[..., dict[str, Any]]) -> None:

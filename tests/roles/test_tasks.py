@@ -101,6 +101,12 @@ def command_line(task: Task) -> str:
     return shlex.join(given) if isinstance(given, list) else given
 
 
+def asked(task: Task) -> str:
+    """Give what a call of host_files asks the host, as a command line."""
+    lines = re.sub(r"{% raw %}.*?{% endraw %}|{{.*?}}|\\\n", " ", task.content.get("host_files", {}).get("ask", "")).splitlines()
+    return shlex.join(["sh", "-c", "; ".join(lines)])
+
+
 def simple_commands(line: str) -> list[str]:
     """The commands that a command line comes to: those of its shell program or of find, the one of a container."""
     line = re.sub(r"{%.*?%}", "", line)
@@ -197,6 +203,12 @@ def test_only_commands_that_read_are_said_to_change_nothing() -> None:
 
 def test_only_commands_that_read_run_in_check_mode() -> None:
     assert [task.name for task in all_tasks() if acts_in_check_mode(task)] == []
+
+
+def test_host_is_asked_by_commands_that_read() -> None:
+    asking = [task for task in all_tasks() if "ask" in task.content.get("host_files", {})]
+    assert asking
+    assert [task.name for task in asking if not reads(asked(task))] == []
 
 
 def test_every_command_says_when_it_changes_something() -> None:

@@ -13,6 +13,7 @@ CATALOGUE = """
         executionForLatestMaterialization { status runId timestamp evaluation { success } } } } } } }
 """
 OLD = "/usr/local/lib/data-platform/finished-runs --hours=24 --days=0"
+PUBLISHED = "data-platform-sql -noheader -list 'select run_id from platform.smoke'"
 EVENTS = "SELECT count(*) FROM event_logs"
 
 
@@ -30,6 +31,7 @@ def test_catalogue_is_the_same_without_what_is_old(host: Any, platform: Platform
         assert platform.finished(platform.launch("everything", months)) == "SUCCESS"
     smoke = platform.launch("smoke")
     assert platform.finished(smoke) == "SUCCESS"
+    platform.wait(lambda: host.run(PUBLISHED).stdout.strip(), {smoke}, 90)  # a run does that by itself
     platform.wait(lambda: host.check_output("docker ps --quiet --filter label=dagster/run_id"), {""}, 30)
     before, events = catalogue(platform), int(platform.postgres(EVENTS)[0])
     assert any((node["partitionStats"] or {}).get("numMaterialized", 0) >= 2 for node in before.values())

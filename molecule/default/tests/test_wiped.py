@@ -63,7 +63,7 @@ def test_engine_settings_killed_before_their_restart_reach_the_engine(
     host: Any, play: Callable[..., int], kill: Callable[..., None]
 ) -> None:
     changed = ["--extra-vars", '{"docker_daemon_options": {"log-driver": "local", "debug": true}}']
-    kill("docker : Look for the packages", 0.0, True, *changed)
+    kill("docker : Keep what the network's neighbours send", 0.0, True, *changed)
     play(*changed)
     assert host.check_output("docker info --format '{{.Debug}}'") == "true"
     play()
@@ -92,6 +92,8 @@ def test_platform_that_is_taken_off_comes_back_with_its_data(
     assert platform.finished(platform.launch("smoke")) == "SUCCESS"
     before, runs, rows = state(), platform.postgres(RUNS), platform.duckdb(ROWS)
 
+    for _ in range(4):
+        platform.launch("publish_warehouse")
     assert play(playbook="playbooks/remove.yml") > 0
     assert play(playbook="playbooks/remove.yml") == 0
     assert host.check_output("docker ps --all --quiet; docker image ls --quiet; docker volume ls --quiet") == ""
