@@ -103,8 +103,9 @@ def command_line(task: Task) -> str:
 
 def asked(task: Task) -> str:
     """Give what a call of host_files asks the host, as a command line."""
-    lines = re.sub(r"{% raw %}.*?{% endraw %}|{{.*?}}|\\\n", " ", task.content.get("host_files", {}).get("ask", "")).splitlines()
-    return shlex.join(["sh", "-c", "; ".join(lines)])
+    ask = task.content.get("host_files", {}).get("ask", "")
+    lines = re.sub(r"{% raw %}.*?{% endraw %}|{{.*?}}|\\\n", " ", ask)
+    return shlex.join(["sh", "-c", "; ".join(lines.splitlines())])
 
 
 def simple_commands(line: str) -> list[str]:
