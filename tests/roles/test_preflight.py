@@ -1,6 +1,7 @@
 """What preflight finds wrong with variables, ports, package indexes and apt sources, in its own words."""
 
 import datetime
+import os
 import socket
 import ssl
 import threading
@@ -270,6 +271,17 @@ def test_room_for_the_next_snapshots_is_measured(
     assert 0 < measured["free"] < 1 << 40
 
 
+def test_room_for_snapshots_is_that_of_their_own_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, statvfs = [], os.statvfs
+    monkeypatch.setattr(measure.os, "statvfs", lambda path: asked.append(path) or statvfs(path))
+    for name in ("warehouse", "snapshots/more"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "warehouse/warehouse.duckdb").touch()
+    for published in ("snapshots", "snapshots/more", "snapshots/yet/to/be/made"):
+        measure.snapshots(tmp_path / "warehouse/warehouse.duckdb", tmp_path / published, 2)
+    assert asked == [tmp_path / "snapshots", tmp_path / "snapshots/more", tmp_path / "snapshots"]
+
+
 def test_versions_are_those_that_the_data_belong_to(tmp_path: Path) -> None:
     units, data = tmp_path / "units", tmp_path / "data"
     kept = data / "upgrade/from" / units.relative_to("/")
@@ -486,3 +498,27 @@ def test_reason_of_apt_is_one_line_without_double_spaces() -> None:
     text = "W: Something\nE: Failed to fetch http://x.example/InRelease  404  Not Found [IP: ::1]\nE: Download Failed\n"
     assert reach.first_error(text) == "http://x.example/InRelease: 404 Not Found [IP: ::1]"
     assert reach.first_error("") == "it gives no reason"
+
+
+@pytest.mark.parametrize(
+    ("installed", "unfinished", "upgrades", "asked"),
+    [
+        (False, "", False, ["preflight_disk", 6]),
+        (True, "", False, ["", 0]),
+        (True, "", True, ["preflight_upgrade_disk", 3]),
+        (True, "2026-01-31", True, ["", 0]),
+    ],
+    ids=["first installation", "installed", "upgrade", "upgrade that was not finished"],
+)
+def test_room_for_images_is_asked_before_they_are_built(
+    installed: bool, unfinished: str, upgrades: bool, asked: list[Any]
+) -> None:
+    own = {name: trust(value) for name, value in yaml.safe_load((ROLE / "vars/main.yml").read_text()).items()}
+    variables = {
+        **own,
+        "__preflight_measured": {"installed": installed, "unfinished": unfinished},
+        "preflight_disk": 6,
+        "preflight_upgrade_disk": 3,
+        "preflight_upgrades": upgrades,
+    }
+    assert Templar(DataLoader(), variables=variables).template(own["__preflight_disk"]) == asked

@@ -1,6 +1,7 @@
 """The program that upgrades, on a host that is made of files and dictionaries; Molecule has a real one."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,6 +19,9 @@ ExecStart=/usr/local/lib/data-platform/with-levels \\
     --label-file /run/{name}/labels \\
     --log-driver none \\
     --network net \\
+    --user {user}:{user} \\
+    --mount type=bind,source={root}/config,target={root}/config,readonly \\
+    --mount type=bind,source={root}/run/sockets,target={root}/run/sockets \\
     --env "A=50%% of $$HOME" \\
     {options}\\
     --publish 127.0.0.1:3001:3001 \\
@@ -30,6 +34,7 @@ NAMES = ["dagster-code", "dagster-daemon", "dagster-postgres", "dagster-webserve
 OLD = {"dagster": "runs of old"}
 LOADED = {"name": "core", "locationOrLoadError": {"__typename": "RepositoryLocation", "repositories": []}}
 LOADED["locationOrLoadError"]["repositories"] = [{"jobs": [{"name": "everything"}, {"name": "smoke"}]}]
+SALES = SERVE.replace("=core", "=sales")
 BROKEN = {"name": "sales", "locationOrLoadError": {"__typename": "PythonError", "message": "No module\nat all"}}
 
 
@@ -55,11 +60,15 @@ class Host:
         (self.data / "postgres/17/base").mkdir(parents=True)
         (self.programs / "upgrade").write_text("the program itself")
         self.clusters, self.new_postgres, self.lost = {"17": dict(OLD)}, "17", ""
-        self.active, self.in_progress, self.commands = set(NAMES), [0], ["0", "0", "0"]
+        self.active, self.in_progress = set(NAMES), [0]
+        self.commands: dict[str, str] = {}
         self.locations: list[dict[str, Any]] = [LOADED]
         self.calls: list[str] = []
         self.helper = ""
         self.fails: dict[str, str] = {}
+        self.broken: set[str] = set()
+        self.beside: set[str] = set()
+        self.shares = False
         self.kill_at, self.count = 0, 0
         self.describe(1)
         real = program.State.write, program.Path.rename, program.remove
@@ -78,7 +87,7 @@ class Host:
             command = SERVE if name == "dagster-code" else ""
             cluster = self.new_postgres if version == 2 else "17"
             options = f'--env "PGDATA=/there/postgres/{cluster}" ' if name == "dagster-postgres" else ""
-            text = UNIT.format(name=name, image=f"data-platform/{name}:{version}", command=command, options=options)
+            text = self.unit(name, f"data-platform/{name}:{version}", command, options)
             (self.units / f"{name}.service").write_text(text)
         (self.config / "dagster.yaml").write_text(f"version: {version}")
         (self.data / "deployments" / "core.json").write_text(f'"image {version}"')
@@ -88,10 +97,17 @@ class Host:
         added = {
             self.data / "deployments" / "new.json": '"image 2"',
             self.config / "new.yaml": "",
-            self.units / "dagster-code-new.service": UNIT.format(name="x", image="new:2", command="", options=""),
+            self.units / "dagster-code-new.service": self.unit("x", "new:2"),
+            self.units / "data-platform-new.service": "",
+            self.root / "usr/local/bin/data-platform-new": "",
         }
         for file, text in added.items():
             file.write_text(text) if version == 2 else file.unlink(missing_ok=True)
+
+    def unit(self, name: str, image: str, command: str = "", options: str = "") -> str:
+        """Give the text of a unit."""
+        given = {"user": os.getuid(), "root": self.root, "command": command, "options": options}
+        return UNIT.format(name=name, image=image, **given)
 
     @property
     def databases(self) -> dict[str, str]:
@@ -112,11 +128,9 @@ class Host:
             self.helper = line  # it outlives a program that is killed
         self.dies()
         if words[0] == "cp":
-            *sources, target = [Path(word) for word in words[1:] if not word.startswith("--")]
-            for source in sources:
-                copy = target / source.name if target.is_dir() else target
-                (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
-            return subprocess.CompletedProcess(words, 0, "", "")
+            if "--reflink=always" in words and not self.shares:
+                return subprocess.CompletedProcess(words, 1, "", "")
+            return subprocess.run([word for word in words if word != "--reflink=always"], check=True)
         self.calls.append(line)
         code, out = next(((1, text) for start, text in self.fails.items() if start in line), (0, ""))
         if not code:
@@ -140,20 +154,26 @@ class Host:
             if "dagster-postgres" in words and not self.program.cluster().exists():
                 self.program.cluster().mkdir()
                 self.clusters[self.program.cluster().name] = {"dagster": ""}
-            return int(bool(refused)), "refused"
+            broken = set(words[2:]) & self.broken
+            self.active -= broken
+            return int(bool(refused | broken)), "refused"
         elif words[:2] == ("systemctl", "is-active"):
             return 0, "\n".join("active" if name in self.active else "inactive" for name in words[2:])
+        elif line == "docker container ls --format {{.Names}}":
+            return 0, "\n".join(sorted(self.active | self.beside))
         elif "container ls" in line:
             number = self.in_progress.pop(0) if len(self.in_progress) > 1 else self.in_progress[0]
             return 0, "id\n" * number
         elif words[:2] == ("docker", "inspect"):
-            return 0, "\n".join(self.commands)
+            return 0, "\n".join(self.commands.get(name, "0") for name in words[4:])
         elif words[:2] == ("docker", "exec"):
             name = words[3] if words[2] == "--interactive" else words[2]
             assert options.get("input", "CREATE ROLE dagster;") == "CREATE ROLE dagster;"
             return self.inside(words, stdin) if name in self.active else (1, f"{name} is not running")
         elif line == "docker rm --force --volumes data-platform-upgrade":
             self.helper = ""
+        elif line.startswith("docker run") and not (self.runtime / "sockets").exists():
+            return 125, "docker: Error response from daemon: invalid mount config: bind source path does not exist\nRun"
         elif line.endswith("instance migrate"):
             self.databases["dagster"] = "migrated " + self.databases["dagster"]
         elif "job execute" in line:
@@ -194,7 +214,8 @@ class Host:
 
     def boots(self) -> None:
         """Come up again after a power cut: what is not allowed to start does not."""
-        (self.runtime / "data-platform-upgrade").unlink(missing_ok=True)
+        for path in self.runtime.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.active = set() if self.state.journal.exists() else set(NAMES)
 
     def do(self, *arguments: str) -> int:
@@ -256,7 +277,12 @@ def test_upgrade_keeps_a_copy_migrates_and_proves_before_the_daemon_starts(
 def test_what_runs_once_has_all_of_its_unit_but_name_and_port(host: Host) -> None:
     assert host.play() == 0
     migration, run = [line for line in host.calls if line.startswith("docker run")]
-    options = "docker run --rm --name data-platform-upgrade --network net --env A=50% of $HOME"
+    there, user = host.root, os.getuid()
+    options = (
+        f"docker run --rm --name data-platform-upgrade --network net --user {user}:{user} "
+        f"--mount type=bind,source={there}/config,target={there}/config,readonly "
+        f"--mount type=bind,source={there}/run/sockets,target={there}/run/sockets --env A=50% of $HOME"
+    )
     assert migration == f"{options} data-platform/dagster-webserver:2 dagster instance migrate"
     given = "--working-directory=/here --module-name=core.definitions"
     assert run == f"{options} data-platform/dagster-code:2 dagster job execute --job=smoke {given}"
@@ -302,6 +328,23 @@ def test_location_that_was_broken_before_is_no_failure_and_another_is(
     assert "The code location sales does not load any more (No module): see" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fails", ["", "job execute"])
+def test_code_server_that_did_not_start_before_does_not_start_after(
+    fails: str, host: Host, capsys: pytest.CaptureFixture
+) -> None:
+    sales = host.units / "dagster-code-sales.service"
+    sales.write_text(host.unit("dagster-code-sales", "data-platform/sales:1", SALES))
+    host.broken, host.locations = {"dagster-code-sales"}, [BROKEN, LOADED]
+    host.fails = {fails: "no"} if fails else {}
+    assert host.do("begin") == 0
+    host.describe(2)
+    assert host.do("finish", *NAMES, "dagster-code-sales") == int(bool(fails))
+    host.fails.clear()
+    assert host.do("revert") == 0
+    assert (host.active, host.state.journal.exists()) == (set(NAMES), False)
+    assert ("The platform is as it was before" in capsys.readouterr().out) is bool(fails)
+
+
 def test_runs_are_waited_for_and_too_long_ones_change_nothing(host: Host, capsys: pytest.CaptureFixture) -> None:
     host.in_progress = [2, 1, 0]
     assert host.play() == 0
@@ -323,20 +366,66 @@ def test_full_disk_is_refused_before_anything_is_changed(
     monkeypatch.setattr(host.program.shutil, "disk_usage", lambda path: usage._replace(free=free[str(path)]))
     assert host.do("begin") == 1
     assert f"{home} has 100 MiB free, and an upgrade needs 518: make room there." in capsys.readouterr().err
-    monkeypatch.setattr(host.program, "same_device", lambda one, other: False)
-    free |= {home: 516 << 20, f"{host.data}/warehouse": 514 << 20}
+    monkeypatch.setattr(host.program, "device", lambda path: path.name)
+    free |= {home: 516 << 20, f"{host.data}/warehouse": 514 << 20, f"{host.data}/postgres": 600 << 20}
     assert host.do("begin") == 1
     assert f"{host.data}/warehouse has 514 MiB free, and an upgrade needs 515" in capsys.readouterr().err
+    (host.data / "postgres/17/base/table").write_bytes(b"x" * (2 << 20))
+    before = host.files()
+    free |= {home: 518 << 20, f"{host.data}/warehouse": 516 << 20, f"{host.data}/postgres": 513 << 20}
+    assert host.do("begin") == 1
+    assert f"{host.data}/postgres has 513 MiB free, and an upgrade needs 514" in capsys.readouterr().err
     assert (host.active, host.files(), host.state.journal.exists()) == (set(NAMES), before, False)
 
 
-def test_database_elsewhere_needs_its_owner_s_word(host: Host, capsys: pytest.CaptureFixture) -> None:
+def test_copy_that_shares_its_blocks_takes_no_room(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = host.program.shutil.disk_usage(host.root)._replace(free=513 << 20)
+    (host.data / "warehouse" / "warehouse.duckdb").write_bytes(b"x" * (3 << 20))
+    monkeypatch.setattr(host.program.shutil, "disk_usage", lambda path: usage)
+    assert host.do("begin") == 1
+    host.shares = True
+    assert host.do("begin") == 0
+
+
+@pytest.mark.parametrize("command", ["begin", "revert"])
+def test_copy_that_was_not_completed_takes_no_room_for_ever(command: str, host: Host) -> None:
+    host.state.write(since="", step="saving", broken=[], touched=False, moved="")
+    left = [path.with_name(f"{path.name}.new") for path in host.state.copies]
+    for path in left:
+        path.mkdir()
+        (path / "half").touch()
+    assert host.do(command) == 0
+    assert [path for path in left if path.exists()] == []
+
+
+def test_warehouse_behind_a_link_is_kept_as_well(host: Host) -> None:
+    (host.data / "warehouse").rename(host.root / "large")
+    (host.data / "warehouse").symlink_to(host.root / "large")
+    failed(host)
+    assert (host.root / "large/warehouse.duckdb").read_text() == "tables of new"
+    assert host.do("revert") == 0
+    assert (host.root / "large/warehouse.duckdb").read_text() == "tables of old"
+    assert not (host.root / "large/warehouse.duckdb.wal").exists()
+    assert (host.data / "warehouse").is_symlink()
+
+
+def test_database_elsewhere_needs_its_owner_s_word(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     (host.units / "dagster-postgres.service").unlink()
     assert host.do("begin") == 1
     assert "upgrade_external_dumped: true" in capsys.readouterr().err
     assert host.calls == []
     assert host.do("begin", "--dumped-elsewhere") == 0
     assert not host.state.dump.exists()
+    host.describe(2)
+    (host.units / "dagster-postgres.service").unlink()
+    host.fails["systemctl start dagster-daemon"] = "no"
+    monkeypatch.setattr(host, "clusters", {"17": dict(OLD)})
+    monkeypatch.setattr(type(host), "databases", property(lambda self: self.clusters["17"]))
+    assert host.do("finish", *(name for name in NAMES if name != "dagster-postgres")) == 1
+    assert host.do("revert") == 0
+    assert "server elsewhere may have been migrated: have its owner" in capsys.readouterr().out
 
 
 def test_nothing_is_reverted_where_nothing_began(host: Host, capsys: pytest.CaptureFixture) -> None:
@@ -427,7 +516,7 @@ def test_upgrade_killed_anywhere_is_finished_by_the_next(
     for host in each_kill(tmp_path, monkeypatch, Host.play):
         unfinished = host.state.journal.exists()
         host.boots() if boots else host.do("halt")
-        if host.state.read().get("step") not in (None, "draining") or (boots and unfinished):
+        if unfinished:
             assert host.active == set(), host.kill_at
         if not unfinished and host.databases != OLD:  # it was killed after its end
             continue
@@ -535,13 +624,14 @@ def test_runs_that_are_processes_of_services_are_counted_in_the_database(host: H
     (host.config / "runs" / "runs.json").unlink()
     host.locations = 3
     assert host.program.in_progress() == 3
-    host.commands = ["2", "0", "0"]
+    host.beside = {"dagster-code.0123456789ab", "others"}
+    host.commands = {"dagster-code": "1", "dagster-code.0123456789ab": "1", "dagster-postgres": "8", "others": "8"}
     assert host.program.in_progress() == 5
     host.active.remove("dagster-webserver")
     with pytest.raises(host.program.Failure, match="dagster-webserver does not say whether runs are in progress"):
         host.program.in_progress()
     host.active.clear()
-    host.commands = []
+    host.beside.clear()
     assert host.program.in_progress() == 0
 
 
@@ -555,6 +645,10 @@ def test_runs_that_are_processes_of_services_are_counted_in_the_database(host: H
         (
             'pg_restore: error: no query: ERROR:  extension "x" is not available\nHINT:  None.\nCommand was: CREATE',
             'pg_restore: error: no query: ERROR:  extension "x" is not available',
+        ),
+        (
+            "docker: Error response from daemon: no such path.\n\nRun",
+            "docker: Error response from daemon: no such path.",
         ),
         ("first\nlast\n\n", "last"),
         ("", "it says nothing"),

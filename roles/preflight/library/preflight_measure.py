@@ -86,7 +86,7 @@ listen_error:
 STORES = (Path("/var/lib"), Path("/var/lib/docker"), Path("/var/lib/data-platform"))
 SETTINGS = Path("/etc/docker/daemon.json")
 SHARING = ("btrfs", "xfs")
-"""File systems on which a copy shares its blocks with the file that it is of."""
+"""File systems on which a snapshot shares its blocks with the warehouse."""
 KEPT_FREE = 1024
 """MiB that a snapshot leaves free."""
 UNITS = Path("/etc/systemd/system")
@@ -122,8 +122,11 @@ def snapshots(warehouse: Path, published: Path, kept: int) -> dict[str, int]:
     """
     if not warehouse.is_file():
         return {"need": 0, "free": 0}
-    found = os.statvfs(warehouse.parent)
-    shared = output("stat", "--file-system", "--format=%T", str(warehouse.parent)).strip() in SHARING
+    place = next(path for path in (published, *published.parents) if path.is_dir())
+    found = os.statvfs(place)
+    shared = place.stat().st_dev == warehouse.stat().st_dev and (
+        output("stat", "--file-system", "--format=%T", str(place)).strip() in SHARING
+    )
     coming = 0 if shared else max(kept + 1 - len(list(published.glob("warehouse-*.duckdb"))), 1)
     need = coming * (warehouse.stat().st_size >> 20) + KEPT_FREE
     return {"need": need, "free": found.f_bavail * found.f_frsize >> 20}

@@ -57,8 +57,6 @@ ELSEWHERE = (
     "usr/local/bin/data-platform-*",
 )
 """Files of the platform beside its own directories and its services."""
-SHARING = ("btrfs", "xfs")
-"""File systems on which a copy shares its blocks with the file that it is of."""
 
 IN_PROGRESS = """
 import os, psycopg2
@@ -119,6 +117,7 @@ class State:
         self.dump = self.databases / f"{DATABASE}.dump"
         self.warehouse = self.home / "warehouse"
         self.before = self.home / "from"
+        self.copies = (self.databases, self.warehouse, self.before)
 
     def read(self) -> dict[str, object]:
         """Give what the journal says; nothing if no upgrade is unfinished."""
@@ -197,6 +196,9 @@ def once(unit: str, *command: str) -> str:
         Failure: It failed.
     """
     options, _, image = container(unit)
+    user = int(options[options.index("--user") + 1].partition(":")[0])
+    for mount in (word.split(",") for word in options if word.startswith("type=bind,") and ",readonly" not in word):
+        provide(Path(mount[1].removeprefix("source=")), user)
     run("docker", "rm", "--force", "--volumes", HELPER, check=False)
     done = run("docker", "run", "--rm", "--name", HELPER, *options, image, *command, check=False)
     if done.returncode:
@@ -205,10 +207,21 @@ def once(unit: str, *command: str) -> str:
     return done.stdout
 
 
+def provide(path: Path, user: int) -> None:
+    """Make a directory that a container writes to, as its unit's start does: one in /run is gone after a boot."""
+    if not path.exists():
+        path.mkdir(mode=0o755, parents=True)
+        os.chown(path, user, user)
+
+
 def reason(output: str) -> str:
     """Give the line that says why a program failed: the last that names an exception or an error, or else the last."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Failure)\b.*: |.*\b(error|ERROR): ", line)]
+    named = [
+        line
+        for line in lines
+        if re.match(r"[\w.]+(Error|Exception|Failure)\b.*: |.*\b(error|ERROR|Error response from daemon): ", line)
+    ]
     return (named or lines or ["it says nothing"])[-1]
 
 
@@ -217,8 +230,12 @@ def allowed() -> Path:
     return RUNTIME / HELPER
 
 
-def start(*names: str) -> None:
+def start(*names: str, broken: object = ()) -> None:
     """Let units start, until the next boot, and start them.
+
+    Args:
+        names: The units.
+        broken: Code locations of which nothing else is expected than that they do not start.
 
     Raises:
         Failure: One did not become ready.
@@ -227,8 +244,15 @@ def start(*names: str) -> None:
     allowed().write_text("\n".join(dict.fromkeys([*known, *names])))
     if names and run("systemctl", "start", *names, check=False).returncode:
         states = run("systemctl", "is-active", *names, check=False).stdout.split()
-        failed = [name for name, state in zip(names, states, strict=False) if state != "active"] or list(names)
-        raise Failure(f"{' and '.join(failed)} did not become ready: see 'journalctl -u {failed[0]}'.")
+        down = [name for name, state in zip(names, states, strict=False) if state != "active"] or list(names)
+        if failed := [name for name in down if location(name) not in broken]:
+            raise Failure(f"{' and '.join(failed)} did not become ready: see 'journalctl -u {failed[0]}'.")
+
+
+def location(unit: str) -> str | None:
+    """Give the name of the code location that a unit serves."""
+    words = container(unit)[1]
+    return next((word.partition("=")[2] for word in words if word.startswith("--location-name=")), None)
 
 
 def stop(*names: str) -> None:
@@ -257,24 +281,35 @@ def room(state: State, external: bool) -> None:
     Raises:
         Failure: There is not.
     """
-    warehouse = DATA / "warehouse"
-    files = [file.lstat().st_blocks * 512 for file in warehouse.rglob("*")]
-    place = state.home if not files or same_device(state.home, warehouse) else warehouse
-    if place == state.home and run("stat", "--file-system", "--format=%T", str(place)).stdout.strip() in SHARING:
-        files = []
-    needs = {state.home: sum(files) + (0 if external else 2 * size(cluster() / "base")) + KEPT_FREE}
-    # A file that is brought back is written beside the one in its place.
-    needs[place] = needs.get(place, KEPT_FREE) + max(files, default=0)
-    old = size(state.databases, state.warehouse, state.before)
-    for path, need in needs.items():
-        free = shutil.disk_usage(path).free + (old if path == state.home else 0)
+    files = {file: file.lstat().st_blocks * 512 for file in (DATA / "warehouse").rglob("*") if file.is_file()}
+    shared = shares(max(files, key=files.get), state.home) if files else False
+    copies = 0 if shared else sum(files.values())
+    base = 0 if external else size(cluster() / "base")
+    # A file that is brought back is written beside the one in its place, and a database too.
+    largest = 0 if shared else max(files.values(), default=0)
+    wanted = [(state.home, base + copies), (DATA / "warehouse", largest), (DATA / "postgres", base)]
+    needs: dict[int, tuple[Path, int]] = {}
+    for path, need in (entry for entry in wanted if entry[0].exists()):
+        first, sum_ = needs.get(device(path), (path, KEPT_FREE))
+        needs[device(path)] = first, sum_ + need
+    coming = size(state.databases, state.before) + (0 if shared else size(state.warehouse))
+    for path, need in needs.values():
+        free = shutil.disk_usage(path).free + (coming if path == state.home else 0)
         if free < need:
             raise Failure(f"{path} has {free >> 20} MiB free, and an upgrade needs {need >> 20}: make room there.")
 
 
-def same_device(one: Path, other: Path) -> bool:
-    """Tell whether two directories are on one file system."""
-    return one.stat().st_dev == other.stat().st_dev
+def device(path: Path) -> int:
+    """Give the file system that a file or directory is on."""
+    return path.stat().st_dev
+
+
+def shares(file: Path, folder: Path) -> bool:
+    """Tell whether a copy of a file in a directory shares its blocks with the file, and takes no room."""
+    probe = folder / "probe"
+    done = run("cp", "--reflink=always", str(file), str(probe), check=False)
+    remove(probe)
+    return done.returncode == 0
 
 
 def locations() -> list[dict[str, object]] | None:
@@ -316,7 +351,9 @@ def in_progress() -> int:
     Raises:
         Failure: It cannot be known.
     """
-    services = [name for name in units() if name != POSTGRES]
+    listed = run("docker", "container", "ls", "--format", "{{.Names}}").stdout.split()
+    known = set(units()) - {POSTGRES}
+    services = [name for name in listed if name.partition(".")[0] in known]  # one that was replaced has a dot
     inside = run("docker", "inspect", "--format", "{{len .ExecIDs}}", *services, check=False).stdout.split()
     count = sum(map(int, inside))
     if (CONFIG / "runs" / "runs.json").exists():
@@ -340,7 +377,7 @@ def save(state: State, external: bool) -> None:
     Raises:
         Failure: A copy could not be made.
     """
-    for old in (state.databases, state.warehouse, state.before):
+    for old in state.copies:
         remove(old)
     if not external:
         start(POSTGRES)
@@ -366,7 +403,7 @@ def save(state: State, external: bool) -> None:
                 run("docker", "exec", POSTGRES, "pg_dumpall", "--username=postgres", "--globals-only", stdout=file)
     if (DATA / "warehouse").exists():
         with new(state.warehouse) as path:
-            run("cp", "--archive", "--reflink=auto", str(DATA / "warehouse"), str(path))
+            run("cp", "--archive", "--reflink=auto", "-H", str(DATA / "warehouse"), str(path))
     with new(state.before) as path:
         units_kept = path / UNITS.relative_to("/")
         whole = {there: path / there.relative_to("/") for there in (CONFIG, PROGRAMS)}
@@ -394,10 +431,19 @@ def served() -> dict[str, str]:
 @contextlib.contextmanager
 def new(path: Path) -> Iterator[Path]:
     """Give a place to make a file or directory in, which has the name ``path`` only once it is complete."""
-    place = path.with_name(f"{path.name}.new")
-    remove(place)
-    yield place
-    place.rename(path)
+    yield unfinished(path)
+    unfinished(path).rename(path)
+
+
+def unfinished(path: Path) -> Path:
+    """Give the name that a copy has before it is complete."""
+    return path.with_name(f"{path.name}.new")
+
+
+def forget_unfinished(state: State) -> None:
+    """Remove copies that are not complete, which only take room."""
+    for path in state.copies:
+        remove(unfinished(path))
 
 
 def remove(path: Path) -> None:
@@ -512,11 +558,13 @@ def bring_back_configuration(state: State) -> None:
         Failure: systemd refuses.
     """
     kept = state.before / UNITS.relative_to("/")
-    added = [file for file in UNITS.glob("dagster-*.service") if not (kept / file.name).exists()]
+    there = [*UNITS.glob("dagster-*.service"), *UNITS.glob("data-platform-*")]
+    added = [file for file in there if not (kept / file.name).exists()]
     if added:
-        run("systemctl", "disable", "--quiet", *(file.name for file in added), check=False)
-    for file in added:
-        file.unlink()
+        run("systemctl", "disable", "--now", "--quiet", *(file.name for file in added), check=False)
+    elsewhere = [file for name in ELSEWHERE for file in ROOT.glob(name)]
+    for file in added + [file for file in elsewhere if not (state.before / file.relative_to(ROOT)).exists()]:
+        remove(file)
     bring_back(state.before / CONFIG.relative_to("/"), CONFIG)
     for file in kept.iterdir():
         run("cp", "--archive", "--remove-destination", str(file), str(UNITS / file.name))
@@ -551,6 +599,7 @@ def begin(state: State, patience: float, dumped_elsewhere: bool) -> None:
             "database, and say upgrade_external_dumped: true."
         )
     if journal.get("step", UNTOUCHED) == UNTOUCHED:
+        forget_unfinished(state)
         room(state, external)
         before = journal.get("broken", sorted(broken(locations() or [])))
         drain(patience)
@@ -598,7 +647,7 @@ def finish(state: State, names: list[str]) -> None:
         raise Failure(f"'dagster instance migrate' failed: {failure}") from failure
     clock.tell("Migrated the metadata")
     state.write(step="checking")
-    start(*(name for name in names if name not in (POSTGRES, DAEMON)))
+    start(*(name for name in names if name not in (POSTGRES, DAEMON)), broken=journal["broken"])
     clock.tell("Started webserver and code servers")
     check(journal, names, clock)
     start(DAEMON)
@@ -652,6 +701,7 @@ def revert(state: State) -> None:
     if not journal:
         print("Nothing was changed.")
         return
+    forget_unfinished(state)
     if journal["step"] != UNTOUCHED:
         state.write(step="reverting")
         stop(*units())
@@ -662,10 +712,12 @@ def revert(state: State) -> None:
         run("sync")
         state.write(step=UNTOUCHED, touched=False, moved="")  # what the services write from now on is not to be undone
     try:
-        start(*units())
+        start(*units(), broken=journal["broken"])
     finally:
         state.end()
     clock.tell("The platform is as it was before")
+    if journal["touched"] and POSTGRES not in units():
+        print("The metadata on the server elsewhere may have been migrated: have its owner bring the dump back.")
 
 
 def halt(state: State) -> None:
