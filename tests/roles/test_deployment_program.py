@@ -455,8 +455,8 @@ def test_what_did_not_come_to_be_served_leaves_neither_unit_nor_record(host: Hos
     assert host.run("finish", "--failed", token) == 0
     assert OLD in (host.units / "dagster-code-sales.service").read_text()
     assert not (host.state / "sales.json").exists()
-    assert host.calls("docker rm") == ["docker rm --force --volumes dagster-code-sales.next"]
     assert host.calls("systemctl") == ["systemctl daemon-reload"]
+    assert host.calls("container-unit forget") == ["container-unit forget dagster-code-sales"]
 
 
 def test_code_that_was_down_when_the_lock_was_taken_is_known_from_its_unit(

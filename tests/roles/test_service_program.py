@@ -53,7 +53,7 @@ class Machine:
         self.state = root / "state"
         for folder in (self.tools, self.units, self.config, self.workspace, *(self.runtime / name for name in NAMES)):
             folder.mkdir(parents=True)
-        for tool in ("docker", "systemctl", "journalctl"):
+        for tool in ("docker", "systemctl", "systemd-run", "journalctl"):
             (self.tools / tool).write_text(STAND_IN)
             (self.tools / tool).chmod(0o755)
         (self.config / "dagster.yaml").write_text("telemetry: no")
@@ -839,7 +839,30 @@ def test_container_that_was_rehearsed_and_never_took_over_goes(machine: Machine,
     machine.answer("docker container ls", "dagster-a\ndagster-a.next\ndagster-b.next\n")
     assert machine.converge() == 0
     assert machine.changes() == ["docker rm --force --volumes dagster-a.next"]
+    assert machine.calls("docker exec dagster-a ") != []
+    assert machine.calls("docker exec dagster-b ") == []
     assert capsys.readouterr().out == "removed dagster-a.next\n"
+
+
+def test_container_that_was_replaced_is_retired_even_if_the_process_that_did_was_killed(
+    seamless: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(seamless.program, "PROCESSES", tmp_path / "proc")
+    for process, words in {"7": ["retire", "dagster-a", "dagster-a.00000000000a"], "8": ["sleep", "9"]}.items():
+        (tmp_path / "proc" / process).mkdir(parents=True)
+        (tmp_path / "proc" / process / "cmdline").write_text("".join(f"{word}\0" for word in ["python", "-u", *words]))
+    listed = [
+        "dagster-a",
+        "dagster-a.00000000000a",
+        "dagster-a.00000000000b",
+        "dagster-a.next.x",
+        "dagster-b.00000000000c",
+    ]
+    seamless.answer("docker container ls", "\n".join(listed))
+    assert seamless.program.forget([seamless.unit()]) == []
+    program = seamless.program.__file__
+    begun = [f"systemd-run --collect --quiet {program} retire dagster-a dagster-a.00000000000b"]
+    assert seamless.calls("systemd-run") == begun
 
 
 def test_rehearsal_that_ended_with_the_service_beside_it_is_run_alone(
@@ -855,7 +878,8 @@ def test_rehearsal_that_ended_with_the_service_beside_it_is_run_alone(
 @pytest.mark.parametrize("missing", ["network", "requirement"])
 def test_nothing_is_rehearsed_without_what_it_needs(missing: str, seamless: Machine) -> None:
     unit = seamless.units / "dagster-a.service"
-    unit.write_text(unit.read_text().replace("[Service]", "After=docker.service dagster-b.service\n[Service]"))
+    after = "After=docker.service dagster-b.service dagster-c.service"
+    unit.write_text(unit.read_text().replace("[Service]", f"{after}\n[Service]"))
     if missing == "network":
         seamless.answer("docker network inspect", code=1)
     else:

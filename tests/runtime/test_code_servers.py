@@ -54,14 +54,41 @@ def test_code_is_ready_once_its_own_server_answers(sockets: Path) -> None:
     assert not (sockets / "current.sock").is_symlink()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/net/unix is Linux's")
-def test_a_server_drains_once_nobody_has_a_connection_to_it(sockets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = code_servers.own_socket()
+CALL = """
+import socket, sys, time
+with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+    client.connect(sys.argv[1])
+    time.sleep(60)
+"""
+ELSEWHERE = ["unshare", "--user", "--map-root-user", "--net"]
+HAS_NETWORKS = sys.platform == "linux" and not subprocess.run([*ELSEWHERE, "true"], check=False).returncode
+
+
+@pytest.fixture
+def in_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Have this process be all that runs in the container."""
+    processes = tmp_path / "proc"
+    processes.mkdir()
+    for name in (str(os.getpid()), "self"):
+        (processes / name).symlink_to(f"/proc/{os.getpid()}")
+    monkeypatch.setattr(code_servers, "PROCESSES", processes)
     monkeypatch.setattr(code_servers, "runs", lambda path: False)
     monkeypatch.setattr(code_servers, "commands", lambda: False)
-    with listen(own) as server, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.connect(str(own))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/net/unix is Linux's")
+@pytest.mark.parametrize(
+    "elsewhere",
+    [[], pytest.param(ELSEWHERE, marks=pytest.mark.skipif(not HAS_NETWORKS, reason="no networks may be made here"))],
+    ids=["this container", "another container"],
+)
+@pytest.mark.usefixtures("in_here")
+def test_a_server_drains_once_nobody_has_a_connection_to_it(elsewhere: list[str], sockets: Path) -> None:
+    own = code_servers.own_socket()
+    before = code_servers.calls(own)
+    with listen(own) as server, subprocess.Popen([*elsewhere, sys.executable, "-c", CALL, str(own)]) as client:
         answering, _ = server.accept()
+        assert code_servers.calls(own) == before + 1
         started = time.monotonic()
         code_servers.drain(idle=0.2, patience=1.0, interval=0.01)
         assert 1.0 <= time.monotonic() - started < 5.0
@@ -69,6 +96,7 @@ def test_a_server_drains_once_nobody_has_a_connection_to_it(sockets: Path, monke
         started = time.monotonic()
         code_servers.drain(idle=0.2, patience=10.0, interval=0.01)
         assert 0.6 <= time.monotonic() - started < 5.0
+        client.kill()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ class Engine(socketserver.ThreadingUnixStreamServer):
             "Name": f"/data-platform-run-{run}",
             "Image": "sha256:1",
             "Config": {"Labels": {RUN_LABEL: run}, "Image": IMAGE},
+            "HostConfig": {"Memory": 1 << 30},
             "State": {**usual, **state},
         }
 
@@ -293,7 +294,7 @@ def test_termination_stops_the_container_in_the_time_that_the_instance_gives(
     [
         ({}, WorkerStatus.RUNNING, None),
         ({"Running": False, "ExitCode": 137}, WorkerStatus.FAILED, "ended with status 137"),
-        ({"Running": False, "ExitCode": 137, "OOMKilled": True}, WorkerStatus.FAILED, "memory limit of 1g"),
+        ({"Running": False, "ExitCode": 137, "OOMKilled": True}, WorkerStatus.FAILED, "memory limit of 1024 MiB"),
     ],
 )
 def test_health_says_why_a_container_ended(

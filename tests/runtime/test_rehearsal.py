@@ -109,6 +109,7 @@ def test_manifest_that_is_older_than_the_models_is_refused(
     project = code / "dbt"
     shutil.copytree(DBT, project, ignore=shutil.ignore_patterns("target", "logs"))
     monkeypatch.setenv("DBT_PROJECT", str(project))
+    monkeypatch.setenv("DAGSTER_CURRENT_IMAGE", "data-platform/code-x:1")
     monkeypatch.setenv("DATA_PLATFORM_WAREHOUSE", str(code / "warehouse.duckdb"))
     monkeypatch.setenv("DATA_PLATFORM_SCRATCH", str(code))
     assert prepare_dbt.main() == 0
@@ -122,4 +123,8 @@ def test_manifest_that_is_older_than_the_models_is_refused(
     model.write_text(f"{model.read_text()}\n-- changed\n")
     assert rehearse(code, GOOD) == 1
     said = capsys.readouterr().err
-    assert f"dbt's manifest in the image is older than {model.relative_to(project)}: build the image again." in said
+    assert (
+        f"dbt's manifest in the image data-platform/code-x:1 is older than {model.relative_to(project)}: remove" in said
+    )
+    (project / "target" / "manifest.json").write_text('{"metadata": {}, "files": []}')
+    assert rehearse(code, GOOD) == 0

@@ -52,6 +52,18 @@ JOBS = """
 """
 
 
+SLOW = """
+@dg.sensor(job=patient)
+def slow(context):
+    time.sleep(50)
+    return dg.SkipReason(VERSION)
+defs = dg.Definitions(jobs=[patient, lasting], schedules=[each_minute], sensors=[says, slow])
+"""
+DRY_RUN = """
+mutation { sensorDryRun(selectorData: {
+    repositoryLocationName: "workload", repositoryName: "__repository__", sensorName: "slow"}, cursor: null) {
+    ... on DryRunInstigationTick { evaluationResult { skipReason error { message } } } } }
+"""
 UNTIL = f"""
 import json, sys, time, urllib.request
 body = json.dumps({{"query": {JOBS!r}}}).encode()
@@ -215,6 +227,18 @@ def test_code_is_shipped_and_taken_back_while_all_goes_on(
     assert platform.postgres("select run_id from runs where status in ('FAILURE', 'CANCELED')") == []
 
 
+def test_what_the_code_before_was_asked_it_answers(platform: Platform, tree: Tree) -> None:
+    tree.ship("asked", SLOW)
+    with ThreadPoolExecutor() as beside:
+        answer = beside.submit(platform.graphql, DRY_RUN)
+        time.sleep(2)
+        tree.ship("next")
+        assert not answer.done()
+        assert ran(platform, patient(platform, 0)) == ("SUCCESS", "next")
+        evaluated = answer.result()["sensorDryRun"]["evaluationResult"]
+    assert (evaluated["skipReason"], evaluated["error"]) == ("asked", None)
+
+
 def test_what_was_replaced_ends_once_it_is_asked_no_more(host: Any, platform: Platform) -> None:
     def beside() -> str:
         names = host.check_output("docker container ls --all --format '{{.Names}}'").splitlines()
@@ -364,6 +388,9 @@ def test_new_variables_reach_runs_and_go_back_and_a_command_goes_on(
         play("--extra-vars", json.dumps(edited), playbook=DEPLOY)
         assert described() != before
         assert platform.finished(platform.launch("smoke")) == "SUCCESS"
+        alone = {"dagster_code_locations": [workload | {"secrets": {"SECOND": "another secret"}}]}
+        play("--extra-vars", json.dumps(alone), playbook=DEPLOY)
+        assert platform.finished(platform.launch("smoke")) == "SUCCESS", "its secret is there, its code goes on serving"
         play(playbook=ROLLBACK)
         assert described() == before
         assert platform.finished(platform.launch("smoke")) == "SUCCESS"

@@ -40,6 +40,7 @@ UNITS = Path("/etc/systemd/system")
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 RUNS = Path("/etc/data-platform/runs/runs.json")
 """What the launcher makes the containers of runs of, by location; missing where runs have none."""
+PROGRAM = "/usr/local/lib/data-platform/deployment"
 CONTAINER_UNIT = "/usr/local/lib/data-platform/container-unit"
 WEBSERVER = "dagster-webserver"
 
@@ -188,12 +189,12 @@ def refuse(shared: str, known: Iterable[str], host: str, alive: list[str]) -> No
         raise Failure(
             f"The host does not have the code location {new[0]} yet: run playbooks/site.yml. Nothing was changed."
         )
-    file = STATE / "lock"
-    lock = read(file)
+    lock = read(STATE / "lock")
     if lock and not why_stale(lock, host, alive):
         raise Failure(
             f"A change of this platform ({lock['what']}) is in progress since {lock['since']}, by {lock['by']}: "
-            f"wait for its end, or, if it is dead, remove {file}. Nothing was changed."
+            f"wait for its end, or, if it is dead, run '{PROGRAM} finish --failed {lock['token']}' on the host. "
+            "Nothing was changed."
         )
 
 
@@ -317,8 +318,8 @@ def restore(lock: dict[str, Any], failed: bool) -> None:
     for file, image in changed.items():
         if served[location_of(image)] != image or {f"replaced {file.stem}", f"restarted {file.stem}"} & {*differ}:
             write(file, lock["units"][file.name])
-            run("docker", "rm", "--force", "--volumes", f"{file.stem}.next", check=False)
             run("systemctl", "daemon-reload", check=False)
+            run(CONTAINER_UNIT, "forget", file.stem, check=False)
     if failed:
         same = {location_of(image) for file, image in there.items() if lock["units"][file.name] == file.read_text()}
         describe_runs({name: entry for name, entry in lock.get("runs", {}).items() if name in same})
@@ -515,13 +516,14 @@ def status() -> list[str]:
     form = "{{.Repository}}:{{.Tag}}\t{{.CreatedSince}}"
     listed = run("docker", "image", "ls", "--filter", "reference=data-platform/*", "--format", form)
     age = dict(line.split("\t") for line in listed.splitlines())
-    written, lines = records(), ["Services:"]
+    lines = ["Services:"]
     for file, image in described().items():
         state = run("systemctl", "is-active", file.stem, check=False).strip()
         lines.append(f"  {file.stem}: {state}, {image}, built {age.get(image, 'at a time unknown: the image is gone')}")
     lines.append("Code:")
-    for name, content in sorted(written.items()):
-        if content:
+    there = {location_of(image) for image in described().values()}
+    for name, content in sorted(records().items()):
+        if content and name in there:
             at = f" at {content['revision']}" if content.get("revision") else ""
             lines.append(f"  {name}: {content['version']}{at}, deployed {content['deployed']} by {content['by']}")
             if back := content.get("rolled back"):

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import contextlib
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ from pathlib import Path
 
 UNITS = Path("/etc/systemd/system")
 RUNTIME = Path("/run")
+PROCESSES = Path("/proc")
 UPGRADE = Path("/var/lib/data-platform/upgrade/unfinished")
 """Journal of an upgrade that is not finished; /run/data-platform-upgrade names the units that it lets start."""
 JOURNAL = Path("/etc/systemd/journald.conf.d/data-platform.conf")
@@ -269,7 +271,7 @@ def ready(unit: Unit, name: str, main: int | None, interval: float = 0.2) -> Non
     """
     asked = time.monotonic()
     while run("docker", "exec", name, *unit.ready, check=False).returncode:
-        if main and not Path("/proc", str(main)).exists():
+        if main and not (PROCESSES / str(main)).exists():
             raise Failure(f"{unit.name} ended before it was ready: see 'journalctl -u {unit.name}'.")
         time.sleep(max(interval, time.monotonic() - asked))
         asked = time.monotonic()
@@ -365,7 +367,7 @@ def rehearse(unit: Unit) -> str:
     if not unit.rehearsal or state.strip() != "true" or bridge(unit.network) is None:
         return ""
     needed = [name for name in unit.after if name.startswith("dagster-")]
-    if needed and run("systemctl", "is-active", "--quiet", *needed, check=False).returncode:
+    if any(run("systemctl", "is-active", "--quiet", name, check=False).returncode for name in needed):
         return ""
     new = next_of(unit)
     make_way(unit, unit.made_of(image_id(unit)))
@@ -470,12 +472,30 @@ def converge(wanted: list[str], check: bool, only: bool = False) -> list[str]:
 
 
 def forget(units: list[Unit]) -> list[str]:
-    """Remove containers that were to replace the units' and did not; give a line for each."""
+    """Remove containers that were to replace the units' and did not; give a line for each.
+
+    Those that were replaced, and whose process that retires them was killed, get another one.
+    """
     names = run("docker", "container", "ls", "--format", "{{.Names}}", check=False).stdout.split() if units else []
     left = sorted(set(names) & {next_of(unit) for unit in units})
     if left:
         run("docker", "rm", "--force", "--volumes", *left, check=False)
+    for unit in (unit for unit in units if next_of(unit) in left):  # which may have been found ready, and so by others
+        run("docker", "exec", unit.name, *unit.ready, check=False)
+    retired = {name: unit for unit in units for name in names if re.fullmatch(rf"{unit.name}\.[0-9a-f]{{12}}", name)}
+    for name in retired.keys() - retiring():
+        run("systemd-run", "--collect", "--quiet", os.path.abspath(__file__), "retire", retired[name].name, name)
     return [f"removed {name}" for name in left]
+
+
+def retiring() -> set[str]:
+    """Names of the containers that a process of this host retires."""
+    found = set()
+    for file in PROCESSES.glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            words = file.read_text().split("\0")[:-1]
+            found |= {words[-1]} if "retire" in words else set()
+    return found
 
 
 def last_lines(units: list[str]) -> str:
@@ -541,7 +561,7 @@ def main(arguments: list[str]) -> int:
     """Do what ``arguments`` say; give the exit status."""
     parser = argparse.ArgumentParser(prog="container-unit", description="Mechanics of the units that run containers.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in ("prepare", "ready", "replace", "clear", "reloaded"):
+    for command in ("prepare", "ready", "replace", "clear", "reloaded", "forget"):
         commands.add_parser(command).add_argument("unit")
     retiring = commands.add_parser("retire")
     retiring.add_argument("unit")
@@ -554,6 +574,7 @@ def main(arguments: list[str]) -> int:
     commands.add_parser("remove").add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     alone = {"prepare": prepare, "replace": replace, "clear": clear, "reloaded": reloaded}
+    alone["forget"] = lambda unit: forget([unit])
     try:
         if options.command == "converge":
             for line in converge(options.units, options.check, options.only):

@@ -47,6 +47,9 @@ REQUEST_TIMEOUT = 2
 CONNECTED = "03"
 """State of a connection in /proc/net/unix."""
 
+TABLES = ("unix", "tcp", "tcp6", "udp", "udp6", "netlink", "packet", "raw", "raw6")
+"""Files in /proc/net with the sockets of this container's network."""
+
 PROCESSES = Path("/proc")
 """Directory with one for each process of this container."""
 
@@ -118,15 +121,30 @@ def is_dead(path: Path) -> bool:
     return False
 
 
-def calls(path: Path, table: str) -> int:
-    """How many calls a server is answering: each has a connection of its own, for as long as it lasts.
+def calls(path: Path) -> int:
+    """How many calls the server of this container is answering: each has a connection of its own while it lasts.
+
+    The server's end of one from another container belongs to that one's network, as unix(7) sockets have it, so it is a
+    socket of a process here that no table here lists. That of one from this container is listed with the server's path.
 
     Args:
         path: The server's socket.
-        table: What /proc/net/unix holds, of the network namespace that the server is in.
     """
-    rows = [line.split() for line in table.splitlines()]
-    return sum(row[5] == CONNECTED and row[7:] == [str(path)] for row in rows if len(row) > 7)
+    used = set()
+    for file in PROCESSES.glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # it was closed meanwhile
+            used.add(os.readlink(file))
+    rows = {name: [line.split() for line in table(name).splitlines()[1:]] for name in TABLES}
+    listed = {f"socket:[{word}]" for lines in rows.values() for row in lines for word in row}
+    own = sum(row[5] == CONNECTED and row[7:] == [str(path)] for row in rows["unix"] if len(row) > 7)
+    return own + len({link for link in used if link.startswith("socket:")} - listed)
+
+
+def table(name: str) -> str:
+    """Give a table of /proc/net; empty where the kernel has none."""
+    with suppress(OSError):
+        return (PROCESSES / "self/net" / name).read_text()
+    return ""
 
 
 def runs(own: Path) -> bool:
@@ -163,7 +181,7 @@ def drain(idle: float = IDLE, patience: float = PATIENCE, interval: float = 0.1)
     now = time.monotonic()
     asked, deadline = now, now + patience
     while now < min(asked + idle, deadline):
-        if calls(own, Path("/proc/net/unix").read_text()):
+        if calls(own):
             asked = now
         time.sleep(interval)
         now = time.monotonic()

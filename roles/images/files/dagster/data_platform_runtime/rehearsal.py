@@ -72,9 +72,11 @@ def stale_models(project: Path) -> list[str]:
     """Files of a dbt project that its manifest does not describe as they are.
 
     Args:
-        project: Directory with the project, and the manifest in ``target``.
+        project: Directory with the project, and the manifest in ``target``; none if that is of another program.
     """
     manifest = json.loads((project / "target" / "manifest.json").read_text())
+    if not isinstance(manifest, dict) or "dbt_schema_version" not in manifest.get("metadata", {}):
+        return []
     described = {
         node["original_file_path"]: node["checksum"]["checksum"]
         for node in manifest["nodes"].values()
@@ -118,7 +120,11 @@ def main(arguments: list[str]) -> int:
         repositories = load(options.module_name, options.working_directory)
         for manifest in CODE.glob("**/target/manifest.json"):
             if stale := stale_models(manifest.parents[1]):
-                raise Refused(f"dbt's manifest in the image is older than {', '.join(stale)}: build the image again.")
+                image = os.environ.get("DAGSTER_CURRENT_IMAGE", "")
+                raise Refused(
+                    f"dbt's manifest in the image {image} is older than {', '.join(stale)}: remove that image from the "
+                    "host, and run the playbook again, which builds it."
+                )
     except Refused as reason:
         print(reason, file=sys.stderr)
         return 1
