@@ -20,7 +20,7 @@ def processes(play: Callable[..., int]) -> Iterator[Callable[[], int]]:
 def test_runs_may_be_processes_of_their_code_server(
     host: Any, platform: Platform, processes: Callable[[], int]
 ) -> None:
-    months = {"dagster/asset_partition_range_start": MONTHS[0], "dagster/asset_partition_range_end": MONTHS[1]}
+    months = {"dagster/asset_partition_range_start": MONTHS[0], "dagster/asset_partition_range_end": MONTHS[-1]}
     runs = [platform.launch("everything", months) for _ in range(3)]
     with pytest.raises(AssertionError, match=r"runs are in\s+progress on .* in\s+containers\s+of\s+their\s+own"):
         processes()
