@@ -130,6 +130,15 @@ def test_repository_that_no_service_has_goes(engine: Engine, retention: Callable
     assert engine.of(CODE) == {"c1": "c1"}
 
 
+def test_service_that_is_not_of_this_tree_keeps_its_image_and_the_one_before(
+    engine: Engine, retention: Callable[..., list[str]]
+) -> None:
+    engine.images |= {f"{CODE}:current": "sha256:c3", f"{CODE}:previous": "sha256:c2"}
+    engine.containers = [f"{CODE}:c3"]
+    assert f"removed {CODE}:c1" in retention(f"{BASE}:b1")
+    assert engine.of(CODE) == {"c2": "c2", "c3": "c3", "current": "c3", "previous": "c2"}
+
+
 def test_nothing_is_removed_when_the_database_does_not_answer(engine: Engine, capsys: pytest.CaptureFixture) -> None:
     engine.runs = None
     assert engine.program.main([f"{BASE}:b1", f"{CODE}:c3"]) == 1

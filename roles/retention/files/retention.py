@@ -93,12 +93,16 @@ def rotate(found: dict[str, str], wanted: list[str]) -> list[tuple[str, str]]:
 def excess(found: dict[str, str], wanted: list[str], named: set[str]) -> list[str]:
     """References of the images that are none of now, none before, and not ``named``.
 
+    A service that is not among those of now, but is there, keeps the image before its own as well.
+
     Args:
         found: IDs by reference.
         wanted: References of the images of now.
         named: References or IDs of the images that something needs.
     """
-    previous = [f"{reference.rpartition(':')[0]}:previous" for reference in wanted]
+    tagged = {reference: f"{reference.rpartition(':')[0]}:" for reference in (*wanted, *named) if reference in found}
+    now = [repository for name, repository in tagged.items() if found[name] == found.get(f"{repository}current")]
+    previous = [f"{repository}previous" for repository in now]
     needed = named | {found[reference] for reference in (*wanted, *previous, *named) if reference in found}
     return [reference for reference, image in found.items() if image not in needed]
 
