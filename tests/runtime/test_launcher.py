@@ -294,7 +294,7 @@ def test_termination_stops_the_container_in_the_time_that_the_instance_gives(
     [
         ({}, WorkerStatus.RUNNING, None),
         ({"Running": False, "ExitCode": 137}, WorkerStatus.FAILED, "ended with status 137"),
-        ({"Running": False, "ExitCode": 137, "OOMKilled": True}, WorkerStatus.FAILED, "memory limit of 1024 MiB"),
+        ({"Running": False, "ExitCode": 137, "OOMKilled": True}, WorkerStatus.FAILED, "memory limit of 1024m"),
     ],
 )
 def test_health_says_why_a_container_ended(

@@ -6,10 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import psycopg2
 import pytest
+from dagster import DagsterInstance, DagsterRunStatus
+from dagster._core.storage.tags import MAX_RETRIES_TAG
+from dagster._core.test_utils import create_run_for_test
 from data_platform_runtime import run
 
 V2 = "low 0\nhigh 0\nmax 4\noom 1\noom_kill 3\noom_group_kill 0\n"
@@ -157,3 +161,16 @@ def test_scratch_is_left_empty(tmp_path: Path) -> None:
     run.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert Path("/etc/passwd").exists()
+
+
+def test_memory_that_was_too_little_is_told_with_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with DagsterInstance.ephemeral() as instance:
+        monkeypatch.setattr(DagsterInstance, "get", lambda: nullcontext(instance))
+        started = create_run_for_test(instance, job_name="greedy", status=DagsterRunStatus.STARTED)
+        run.tell(started.run_id, 137, 1, "shop", "600m")
+        ended = instance.get_run_by_id(started.run_id)
+        said = " ".join(entry.message for entry in instance.all_logs(started.run_id))
+    assert ended and ended.status == DagsterRunStatus.FAILURE
+    assert ended.tags[MAX_RETRIES_TAG] == "0"
+    assert "memory limit of 600m" in said
+    assert "run_limits of the code location shop" in said

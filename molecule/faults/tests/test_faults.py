@@ -175,7 +175,7 @@ def exceed_memory(host: Any, workload: Workload) -> None:
     platform = workload.platform
     run = platform.launch("greedy", {"dagster/priority": "1"}, location="workload")
     assert platform.finished(run, 120) == "FAILURE"
-    assert "exceeded its memory limit of 600 MiB" in messages(platform, run)
+    assert "exceeded its memory limit of 600m" in messages(platform, run)
 
 
 def cancel_writer(host: Any, workload: Workload) -> None:

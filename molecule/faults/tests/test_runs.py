@@ -269,7 +269,7 @@ def test_too_much_memory_is_named_and_not_tried_again(host: Any, platform: Platf
     assert platform.finished(run, 60) == "FAILURE"
     time.sleep(3)
     said = messages(platform, run)
-    assert "exceeded its memory limit of 600 MiB" in said
+    assert "exceeded its memory limit of 600m" in said
     assert "raise memory in run_limits of the code location workload" in said
     time.sleep(8)
     assert retries(platform, run) == []

@@ -201,7 +201,9 @@ class ContainerRunLauncher(DockerRunLauncher):
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         if state["OOMKilled"]:
             self._instance.add_run_tags(run.run_id, {MAX_RETRIES_TAG: "0"})
-            return CheckRunHealthResult(WorkerStatus.FAILED, msg=too_much_memory(run, container.attrs))
+            limit = f"{container.attrs['HostConfig']['Memory'] >> 20}m"
+            location = run.remote_job_origin.location_name if run.remote_job_origin else "?"
+            return CheckRunHealthResult(WorkerStatus.FAILED, msg=too_much_memory(location, limit))
         ended = f"The container of this run ended with status {state['ExitCode']} before the run did. {state['Error']}"
         return CheckRunHealthResult(WorkerStatus.FAILED, msg=ended.strip())
 
@@ -218,18 +220,16 @@ def listened_at(moment: float) -> bool:
     return min(times, default=moment + 1) <= moment
 
 
-def too_much_memory(run: DagsterRun, container: Mapping[str, Any]) -> str:
+def too_much_memory(location: str, limit: str) -> str:
     """What to tell of a run that had less memory than it needed.
 
     Args:
-        run: The run.
-        container: What Docker tells of its container.
+        location: Its code location.
+        limit: The memory that it may have, as Docker takes it.
     """
-    limit = container["HostConfig"]["Memory"] >> 20
-    name = run.remote_job_origin.location_name if run.remote_job_origin else "?"
     return (
-        f"The kernel killed a process of this run, because the run exceeded its memory limit of {limit} MiB, so it is "
-        f"not tried again: raise memory in run_limits of the code location {name}, or let the run need less."
+        f"The kernel killed a process of this run, because the run exceeded its memory limit of {limit}, so it is not "
+        f"tried again: raise memory in run_limits of the code location {location}, or let the run need less."
     )
 
 

@@ -202,7 +202,7 @@ def tell(run_id: str, code: int, killed: int, location: str, memory: str) -> Non
             instance.add_run_tags(run_id, {MAX_RETRIES_TAG: "0"})
         run = instance.get_run_by_id(run_id)
         reasons = [
-            *([too_much_memory({"name": location, "container": {"mem_limit": memory}})] if killed else []),
+            *([too_much_memory(location, memory)] if killed else []),
             *([REASON.read_text()] if REASON.exists() else []),
         ]
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
