@@ -48,10 +48,6 @@ options:
           - Command that accepts the content, with C(%s) for a file that holds it; not run in check mode.
           - What it says of content that it accepts is returned as C(said), a list of lines.
         type: str
-      exclusive:
-        description: Whether files in this directory that are not in the list are removed.
-        type: bool
-        default: false
       mode:
         description: Mode; C(0644) for a file and C(0755) for a directory if it is left out.
         type: raw
@@ -76,7 +72,6 @@ OPTIONS = {
     "join": {"type": "bool", "default": False},
     "returned": {"type": "bool", "default": False},
     "validate": {"type": "str"},
-    "exclusive": {"type": "bool", "default": False},
     "mode": {"type": "raw"},
     "owner": {"type": "str", "default": "0"},
     "group": {"type": "str"},
@@ -147,26 +142,6 @@ def lay_down(module: AnsibleModule, file: dict[str, Any], said: list[str]) -> li
     return [{"before_header": str(path), "after_header": str(path), **difference} for difference in differences]
 
 
-def clear(module: AnsibleModule, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Remove what is in exclusive directories and not in the list, or only look in check mode; give what differs."""
-    listed = {Path(file["path"]) for file in files}
-    directories = [Path(file["path"]) for file in files if file["exclusive"]]
-    old = sorted(path for directory in directories if directory.is_dir() for path in directory.iterdir())
-    old = [path for path in old if path.is_file() and path not in listed]
-    if not module.check_mode:
-        for path in old:
-            path.unlink()
-    return [
-        {
-            "before_header": str(path),
-            "before": {"state": "file"},
-            "after_header": str(path),
-            "after": {"state": "absent"},
-        }
-        for path in old
-    ]
-
-
 def main() -> None:
     """Entry point for Ansible."""
     options = {
@@ -177,7 +152,6 @@ def main() -> None:
     os.umask(0o077)
     said: list[str] = []
     differences = [difference for file in module.params["files"] for difference in lay_down(module, file, said)]
-    differences += clear(module, module.params["files"])
     returned = [Path(file["path"]) for file in module.params["files"] if file["returned"]]
     contents = {str(path): path.read_text(encoding="utf-8") for path in returned if path.exists()}
     ask = module.params["ask"]

@@ -119,24 +119,6 @@ def test_content_that_is_refused_is_not_written(root: Path, lay_down: Callable[.
     assert (root / "file").read_text() == "good\n"
 
 
-def test_files_that_are_not_in_the_list_leave_an_exclusive_directory(
-    root: Path, lay_down: Callable[..., dict[str, Any]]
-) -> None:
-    (root / "folder").mkdir()
-    for name in ("kept", "old"):
-        (root / name).write_text(name)
-    files = [
-        {"path": str(root), "mode": "0755", "exclusive": True},
-        {"path": f"{root}/kept", "content": "kept", "mode": "0644"},
-    ]
-    for options in (["--check"], []):
-        result = lay_down(files, *options)
-        shown = [(diff["before_header"], diff["after"]) for diff in result["diff"] if "old" in diff["before_header"]]
-        assert shown == [(f"{root}/old", {"state": "absent"})]
-    assert sorted(path.name for path in root.iterdir()) == ["folder", "kept"]
-    assert not lay_down(files)["changed"]
-
-
 def test_what_is_said_of_content_that_is_accepted_comes_back(
     root: Path, lay_down: Callable[..., dict[str, Any]]
 ) -> None:

@@ -521,6 +521,7 @@ def test_upgrade_killed_anywhere_is_finished_by_the_next(
         if not unfinished and host.databases != OLD:  # it was killed after its end
             continue
         assert host.play() == 0, host.count
+        assert f"{(host.runtime / 'sockets').stat().st_mode & 0o777:o}" == "700"
         assert host.databases == {"dagster": "migrated runs of old, smoke"}
         assert host.state.dump.read_text() == "runs of old"
         assert (host.active, host.state.journal.exists()) == (set(NAMES), False)

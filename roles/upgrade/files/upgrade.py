@@ -30,7 +30,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -210,7 +210,7 @@ def once(unit: str, *command: str) -> str:
 def provide(path: Path, user: int) -> None:
     """Make a directory that a container writes to, as its unit's start does: one in /run is gone after a boot."""
     if not path.exists():
-        path.mkdir(mode=0o755, parents=True)
+        path.mkdir(mode=0o700, parents=True)
         os.chown(path, user, user)
 
 
@@ -230,7 +230,7 @@ def allowed() -> Path:
     return RUNTIME / HELPER
 
 
-def start(*names: str, broken: object = ()) -> None:
+def start(*names: str, broken: Container[object] = ()) -> None:
     """Let units start, until the next boot, and start them.
 
     Args:
